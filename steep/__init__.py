@@ -1,0 +1,47 @@
+"""steep: the training methods of the literature, and the evidence whether they help on your model."""
+
+from steep.batches import Batch, Data, Indexed, dirichlet_clients, split_loaders, tensor_loader
+from steep.card import Card, Choice, Paper, Range, UnknownName, card, cards, choice, integer, log_uniform, uniform
+from steep.checkpoint import CheckpointError
+from steep.eval_weights import eval_weights
+from steep.fit import Interrupted, Result, fit
+from steep.needs import UnmetNeed
+from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, late
+from steep.training import NonFinite
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Budget",
+    "Card",
+    "CheckpointError",
+    "Choice",
+    "Data",
+    "Indexed",
+    "Interrupted",
+    "Mean",
+    "Metric",
+    "NonFinite",
+    "Paper",
+    "Range",
+    "Recipe",
+    "Result",
+    "Run",
+    "UnknownName",
+    "UnmetNeed",
+    "accuracy",
+    "card",
+    "cards",
+    "choice",
+    "compose",
+    "dirichlet_clients",
+    "eval_weights",
+    "fit",
+    "integer",
+    "late",
+    "log_uniform",
+    "split_loaders",
+    "tensor_loader",
+    "uniform",
+]

@@ -1,0 +1,149 @@
+"""Batches, and the loaders of one split: what a recipe's `data` factory returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+
+
+class Batch(NamedTuple):
+    """Inputs, targets and, where the loader gives them, the examples' indices in the training set (shape (B,))."""
+
+    x: Any
+    y: Any
+    indices: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.y if self.y is not None else self.x)
+
+
+class Loader(Protocol):
+    """Anything that can be iterated again and again and knows its number of batches, e.g. a `DataLoader`."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Loaders of one split. Each yields ``(x, y)`` or ``(x, y, indices)``.
+
+    Args:
+        train: the training loader.
+        val: for curves and for tuning.
+        test: for the final score; `val` where there is none.
+        clients: federated training: one training loader per client.
+    """
+
+    train: Loader
+    val: Loader
+    test: Loader | None = None
+    clients: Sequence[Loader] = ()
+
+    @property
+    def num_examples(self) -> int:
+        """Number of training examples."""
+        return count_examples(self.train)
+
+
+def count_examples(loader: Loader) -> int:
+    """Examples behind a loader; batches are counted where it has no dataset of known length."""
+    dataset: Any = getattr(loader, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else sum(Batch(*batch).size for batch in loader)
+
+
+class Indexed(Dataset):
+    """A dataset that also returns each example's index: ``(x, y)`` becomes ``(x, y, index)``."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> tuple[Any, ...]:
+        return (*self.dataset[index], index)
+
+
+def tensor_loader(x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool = False) -> DataLoader:
+    """Batches ``(x, y, indices)`` of tensors held in memory, indexed a batch at a time (no per-example collation).
+
+    The last, shorter batch is kept. The order comes from torch's generator at the time of iteration,
+    which `fit` gives the data for itself.
+
+    Raises:
+        ValueError: no examples, lengths that differ, or a batch larger than the data.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"x and y differ in length: {len(x)} and {len(y)}")
+    if len(x) == 0:
+        raise ValueError("the data are empty: x has no examples")
+    if not 1 <= batch_size <= len(x):
+        raise ValueError(f"batch_size={batch_size} must lie between 1 and the number of examples, {len(x)}")
+    dataset = TensorDataset(x, y, torch.arange(len(x)))
+    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
+
+
+def split_loaders(
+    x: Tensor, y: Tensor, generator: torch.Generator, *, batch_size: int, val: float = 0.2, test: float = 0.2
+) -> Data:
+    """Random train/val/test split of tensors, as loaders.
+
+    Args:
+        x, y: all examples, first dimension N.
+        generator: draws the split.
+        batch_size: of the training loader; evaluation uses batches of up to 1024.
+        val, test: fractions of N.
+    """
+    if not 0 < val + test < 1:
+        raise ValueError(f"val={val} and test={test} must leave some data for training")
+    order = torch.randperm(len(x), generator=generator)
+    n_val, n_test = round(len(x) * val), round(len(x) * test)
+    parts = order.split([len(x) - n_val - n_test, n_val, n_test])
+    train, *held_out = (  # type: ignore[assignment]
+        tensor_loader(x[i], y[i], min(1024, len(i)) if k else batch_size, shuffle=k == 0)
+        for k, i in enumerate(parts)
+        if len(i) or k == 0
+    )
+    return Data(train, *held_out)
+
+
+def dirichlet_clients(
+    x: Tensor, y: Tensor, generator: torch.Generator, *, clients: int, alpha: float, batch_size: int, smallest: int = 2
+) -> list[DataLoader]:
+    """Label-skewed division of labelled data among clients (arXiv 1909.06335).
+
+    For each class, the shares of the clients are drawn from a symmetric Dirichlet distribution of
+    concentration `alpha`: large is even, 0.1 gives most clients one or two classes.
+
+    Args:
+        x, y: examples and class labels, first dimension N.
+        smallest: every client holds at least this many examples (taken from the largest clients).
+
+    Raises:
+        ValueError: fewer examples than ``clients * smallest``, or ``alpha <= 0``.
+    """
+    if alpha <= 0:
+        raise ValueError(f"alpha={alpha} must be positive")
+    if len(x) < clients * smallest:
+        raise ValueError(f"{len(x)} examples cannot give {clients} clients {smallest} each: use fewer clients")
+    shares: list[list[int]] = [[] for _ in range(clients)]
+    for label in y.unique():
+        members = (y == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        weights = torch._sample_dirichlet(torch.full((clients,), float(alpha), dtype=torch.float64), generator)
+        cuts = (weights.cumsum(0)[:-1] * len(members)).round().long()
+        for share, part in zip(shares, members.tensor_split(cuts.tolist()), strict=True):
+            share.extend(part.tolist())
+    for share in shares:
+        while len(share) < smallest:
+            share.append(max(shares, key=len).pop())
+    index = [torch.tensor(sorted(share)) for share in shares]
+    return [tensor_loader(x[i], y[i], min(batch_size, len(i)), shuffle=True) for i in index]

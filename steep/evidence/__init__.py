@@ -1,0 +1,1 @@
+"""Whether a method helps: compare, its statistics, its store of runs, its report."""

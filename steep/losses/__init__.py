@@ -1,0 +1,1 @@
+"""Methods that change the loss: distillation, self-distillation, robust and structured losses."""

@@ -1,0 +1,74 @@
+"""What a training costs: seconds (wall and CPU) of training proper, and peak memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_PROC = Path("/proc/self")
+
+
+class Stopwatch:
+    """Wall and CPU seconds while it runs; `pause` leaves out what is not training."""
+
+    def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0):
+        self._spent = (seconds, cpu_seconds)
+        self._since: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        self._since = (time.perf_counter(), time.process_time())
+
+    def read(self) -> tuple[float, float]:
+        """Wall and CPU seconds so far."""
+        wall, cpu = self._spent
+        if self._since is not None:
+            wall, cpu = wall + time.perf_counter() - self._since[0], cpu + time.process_time() - self._since[1]
+        return wall, cpu
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self._spent, self._since = self.read(), None
+        try:
+            yield
+        finally:
+            self.start()
+
+
+class PeakMemory:
+    """Largest memory in use since construction, in bytes above what was in use then.
+
+    On CUDA it is torch's own count. On Linux it is the process's resident set, so trainings that share a
+    process must run one after the other. Elsewhere it is `None`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+        else:
+            self._reset_high_water_mark()
+            self.before = self._status("VmRSS") or 0
+
+    @staticmethod
+    def _reset_high_water_mark() -> None:
+        with suppress(OSError):  # the mark then covers the life of the process: an upper bound
+            (_PROC / "clear_refs").write_text("5")
+
+    @staticmethod
+    def _status(key: str) -> int | None:
+        try:
+            lines = (_PROC / "status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+
+    def read(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        peak = self._status("VmHWM")
+        return max(0, peak - self.before) if peak is not None else None

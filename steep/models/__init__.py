@@ -1,0 +1,1 @@
+"""Methods that change the model: parametrizations, masks, custom backward passes, adapters."""

@@ -1,0 +1,203 @@
+"""A training as a value: a frozen dataclass of factories, one for each noun."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steep.batches import Data
+
+T = TypeVar("T")
+
+
+class Rule(Protocol):
+    """A backward rule: takes the vector of losses, fills ``.grad`` (adding to what is there), never steps."""
+
+    def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None: ...
+
+
+class Mean:
+    """The ordinary rule: the gradient of the mean loss. Accepts a 0-d loss of the whole batch too."""
+
+    def __init__(self, model: nn.Module | None = None):
+        pass
+
+    def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
+        mean = losses.mean()
+        (mean if scale == 1.0 else mean * scale).backward()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: the first limit that is reached ends the training.
+
+    Args:
+        epochs: passes over the training data (may be a fraction).
+        steps: optimizer steps, or rounds where the recipe has `rounds` of its own.
+        seconds: of training, evaluation not counted. Alone it gives schedules no horizon.
+    """
+
+    epochs: float | None = None
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if all(v is None for v in limits.values()):
+            raise ValueError("a budget needs a limit: epochs, steps or seconds")
+        for name, value in limits.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"budget {name}={value} must be positive")
+
+    def total_steps(self, steps_per_epoch: int) -> int | None:
+        """Steps until the budget ends, or `None` when only seconds limit it."""
+        by_epochs = math.ceil(self.epochs * steps_per_epoch) if self.epochs is not None else None
+        return min((n for n in (by_epochs, self.steps) if n is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How every arm is scored beside the loss: a number per example, averaged over held-out data."""
+
+    name: str
+    function: Callable[[Any, Any], Tensor]
+    higher_is_better: bool = True
+
+
+def accuracy_of(output: Tensor, target: Tensor) -> Tensor:
+    """1 where the largest output is at the target class, else 0; shape (B,) (positions are averaged)."""
+    hit = (output.argmax(-1) == target).float()
+    return hit.flatten(1).mean(1) if hit.ndim > 1 else hit
+
+
+accuracy = Metric("accuracy", accuracy_of)
+
+
+@dataclass
+class Run:
+    """What is known only once a training has started; given to every `late` part.
+
+    A part that must be stepped and saved with the training is handed over with `attach`.
+    """
+
+    data: Data
+    seed: int
+    steps_per_epoch: int
+    horizon: int | None
+    generator: torch.Generator
+    parts: list[Any] = field(default_factory=list)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training, the horizon of every schedule.
+
+        Raises:
+            ValueError: the budget is in seconds only.
+        """
+        if self.horizon is None:
+            raise ValueError("a schedule needs a horizon: give the budget steps or epochs beside seconds")
+        return self.horizon
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the whole training, the last one perhaps incomplete."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def attach(self, part: T) -> T:
+        """Have `fit` call ``part.step()`` after each optimizer step and save ``part.state_dict()``."""
+        self.parts.append(part)
+        return part
+
+
+class late:
+    """A recipe's `model` or `loss` that is built when a training starts, from its `Run`.
+
+    Example:
+        >>> from torch import nn
+        >>> import steep
+        >>> wide = steep.late(lambda run: nn.Linear(4, run.data.num_examples))
+    """
+
+    def __init__(self, build: Callable[[Run], Any]):
+        self.build = build
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training as a value. A method is a function from recipe to recipe.
+
+    Args:
+        data: ``data(generator) -> Data``: the loaders of one random split.
+        model: ``model() -> nn.Module``, initialised from torch's generator (seeded by `fit`); or `late`.
+        loss: ``loss(output, target) -> (B,)``, one number per example; or `late`. A module is copied per run.
+        optimizer: ``optimizer(parameters) -> Optimizer``.
+        scheduler: ``scheduler(optimizer, total_steps)``, stepped once per optimizer step, e.g. torch's
+            `CosineAnnealingLR`.
+        backward: ``backward(model) -> Rule``.
+        rounds: an outer loop of the recipe's own, ``rounds(model, run, local_step) -> iterator``, each item the
+            losses of one round; ``local_step(model, batch)`` returns a batch's losses. Plain epochs where it is `None`.
+        metric: scores held-out data beside the loss.
+        budget: how long to train.
+        score: the loss by which held-out data are scored; the recipe's own `loss` unless a method replaced that.
+        picture: ``picture(model) -> (H, W, 3)`` in [0, 1], shown in reports; ``picture(None)`` is the target.
+        name: shown in reports.
+    """
+
+    data: Callable[[torch.Generator], Data]
+    model: Callable[[], nn.Module] | late
+    loss: Callable[..., Tensor] | late
+    optimizer: Callable[[Iterable[Any]], Optimizer]
+    scheduler: Callable[[Optimizer, int], Any] | None = None
+    backward: Callable[[nn.Module], Rule] = Mean
+    rounds: Callable[[nn.Module, Run, Callable[..., Tensor]], Iterator[Tensor]] | None = None
+    metric: Metric | None = None
+    budget: Budget = Budget(epochs=10)
+    score: Callable[..., Tensor] | None = None
+    picture: Callable[[nn.Module | None], Tensor] | None = None
+    name: str = "recipe"
+
+    def __post_init__(self) -> None:
+        for name in ("data", "optimizer", "backward"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Recipe.{name} must be a factory (a callable), got {getattr(self, name)!r}")
+        if isinstance(self.model, nn.Module):
+            raise TypeError(
+                "Recipe.model must be a factory, so that every run starts afresh: model=lambda: MyModel(...)"
+            )
+
+    def replace(self, **changes: Any) -> Recipe:
+        return dataclasses.replace(self, **changes)
+
+    def build(self, part: str, run: Run) -> Any:
+        """Build `model` or `loss` for a run: call its factory, or its `late` builder with the run."""
+        value = getattr(self, part)
+        if isinstance(value, late):
+            return value.build(run)
+        return value() if part == "model" else value
+
+
+Method = Callable[[Recipe], Recipe]
+
+
+def compose(recipe: Recipe, methods: Sequence[tuple[Any, dict[str, Any]]]) -> Recipe:
+    """Apply cards, each with its hyper-parameters, from left to right.
+
+    Raises:
+        ValueError: two methods replace the same noun and the later one does not wrap the earlier.
+    """
+    taken: dict[str, str] = {}
+    for card, hyper in methods:
+        if card.changes in taken and not card.wraps:
+            raise ValueError(
+                f"{taken[card.changes]!r} and {card.id!r} both replace the recipe's {card.changes}: use one of them"
+            )
+        taken[card.changes] = card.id
+        recipe = card.apply(recipe, **hyper)
+    return recipe

@@ -1,0 +1,1 @@
+"""Methods that own an outer loop around local steps: federated rounds, bilevel problems, task streams."""

@@ -1,0 +1,257 @@
+"""A recipe's parts, built for one run, and one step of them. `fit` is the loop around it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from steep.batches import Batch
+from steep.checkpoint import check_same_model
+from steep.epochs import Epochs
+from steep.measure import Stopwatch
+from steep.needs import Facts, check_losses, check_needs
+from steep.randomness import Stream, generator
+from steep.recipe import Recipe, Run
+from steep.scoring import evaluating, score
+
+
+@dataclass
+class History:
+    """Mean training loss of every step, and one entry per evaluation."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+class NonFinite(ArithmeticError):
+    """A loss became NaN or infinite; the message names the step, the examples and the way back."""
+
+
+def accelerator(device: str | None, precision: str) -> Accelerator:
+    """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"precision={precision!r} must be 'no', 'bf16' or 'fp16'")
+    if device not in (None, "cpu"):
+        raise ValueError(f"device={device!r} must be None (the accelerator, if there is one) or 'cpu'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    if found.num_processes > 1:
+        raise ValueError(f"fit runs in one process, not in {found.num_processes}: start it without a launcher")
+    return found
+
+
+class Training:
+    """Everything one run is made of: built in the order data, model, loss, rule, optimizer, scheduler, rounds."""
+
+    def __init__(self, recipe: Recipe, seed: int, split_seed: int, accelerator: Accelerator, accumulate: int = 1):
+        self.recipe, self.accelerator, self.accumulate = recipe, accelerator, accumulate
+        self.device = accelerator.device
+        data = recipe.data(generator(split_seed, "split"))
+        if len(data.train) == 0 or len(data.val) == 0:
+            raise ValueError("the data are empty: the train and val loaders need at least one batch each")
+        self.run = Run(
+            data, seed, len(data.train), recipe.budget.total_steps(len(data.train)), generator(seed, "parts")
+        )
+        model = recipe.build("model", self.run)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no parameter to train (none at all, or all are frozen)")
+        self.loss = recipe.build("loss", self.run)
+        if isinstance(self.loss, nn.Module):
+            self.loss = copy.deepcopy(self.loss).to(self.device)
+        self.model = accelerator.prepare_model(model)
+        self.rule = recipe.backward(self.model)
+        plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self.scheduler = recipe.scheduler(plain, self.run.total_steps) if recipe.scheduler else None
+        # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
+        self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
+        self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
+        self.evaluation_stream = Stream(seed, "evaluation")
+        self.rounds = self._rounds(seed)
+        self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
+        self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
+        self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
+        self.vector_for = next((self._name(k) for k, needs in self.needs.items() if "losses" in needs), None)
+
+    def _rounds(self, seed: int) -> Iterator[Tensor]:
+        if self.recipe.rounds is None:
+            return Epochs(self.run.data.train, self.train_step, Stream(seed, "order"))
+        return self.recipe.rounds(self.model, self.run, self.losses)
+
+    def _name(self, part: str) -> str:
+        value = self.named[part]
+        return getattr(value, "__name__", type(value).__name__)
+
+    def check(self) -> None:
+        """Compare what the parts need with what the first batch shows.
+
+        Raises:
+            UnmetNeed: naming the part, what is missing and the line to change.
+        """
+        with Stream(0, "check").active():
+            batch = Batch(*next(iter(self.run.data.train)))
+        for part, needs in self.needs.items():
+            check_needs(self._name(part), needs, Facts(self.model, self.run.data, batch))
+
+    @property
+    def step(self) -> int:
+        return len(self.history.losses)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """One loss per example of a batch: forward pass and loss, checked. The `local_step` of outer loops."""
+        batch = Batch(*send_to_device(tuple(batch), self.device))
+        self.examples += batch.size
+        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
+        losses = self.loss(model(batch.x), batch.y, **memory)
+        check_losses(losses, batch.size, needed_by=self.vector_for)
+        if not math.isfinite(losses.detach().sum().item()):
+            raise NonFinite(self._diagnosis(batch, losses))
+        return losses
+
+    def gradient(self, batch: Batch) -> Tensor:
+        """Fill ``.grad`` from one batch, in `accumulate` parts, and return its losses."""
+        self.optimizer.zero_grad()
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        if self.accumulate == 1:
+            losses = self.losses(self.model, batch)
+            self.rule(losses, scale=scale)
+            return losses.detach()
+        seen = []
+        for part in _parts(batch, self.accumulate):
+            losses = self.losses(self.model, part)
+            self.rule(losses, scale=scale * part.size / batch.size)
+            seen.append(losses.detach().expand(part.size))
+        return torch.cat(seen)
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """One optimizer step; the losses it started from."""
+        if self.needs_closure:
+            first: list[Tensor] = []
+
+            def closure() -> Tensor:
+                first.append(self.gradient(batch))
+                return first[-1].mean()
+
+            self.optimizer.step(closure)
+            return first[0]
+        losses = self.gradient(batch)
+        self.optimizer.step()
+        return losses
+
+    def advance(self) -> None:
+        """Do one step (or round), then step everything that changes over a training."""
+        losses = next(self.rounds)
+        self.history.losses.append(losses.mean().item())
+        for part in (self.scheduler, self.run.data.train, self.loss, self.rule, *self.run.parts):
+            step = getattr(part, "step", None)
+            if step is not None:
+                step()
+
+    def finished(self) -> bool:
+        """Whether the budget is used up."""
+        horizon, seconds = self.run.horizon, self.recipe.budget.seconds
+        return (horizon is not None and self.step >= horizon) or (
+            seconds is not None and self.stopwatch.read()[0] >= seconds
+        )
+
+    def evaluate(self, loader: Any) -> dict[str, float]:
+        """Held-out scores, in evaluation mode, with evaluation weights, on random numbers of their own."""
+        parts = (self.named["optimizer"], self.loss, self.rule, *self.run.parts)
+        with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, parts):
+            loss = self.recipe.score or self.loss
+            return score(self.model, loader, loss, self.recipe.metric, self.device)
+
+    def record(self) -> dict[str, float]:
+        """Evaluate on the validation data and enter it into the history."""
+        seconds, cpu_seconds = self.stopwatch.read()
+        entry = {"step": self.step, "examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        entry |= self.evaluate(self.run.data.val)
+        self.history.evaluations.append(entry)
+        return entry
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"model": self.model, **self.named, "scheduler": self.scheduler, "train": self.run.data.train}
+        parts |= {f"part{i}": part for i, part in enumerate(self.run.parts)}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds, cpu_seconds = self.stopwatch.read()
+        return {
+            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
+            "random": {
+                "default": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "parts": self.run.generator.get_state(),
+                "evaluation": self.evaluation_stream.state,
+            },
+            "history": asdict(self.history),
+            "cost": {"examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Any) -> None:
+        check_same_model(state["parts"]["model"], self.model.state_dict(), path)
+        parts = self._stateful()
+        if set(parts) != set(state["parts"]):
+            raise ValueError(
+                f"{path} is of another recipe: it holds {sorted(state['parts'])}, this one {sorted(parts)}"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.history, self.examples = History(**state["history"]), state["cost"].pop("examples")
+        self.stopwatch = Stopwatch(**state["cost"])
+        self.run.generator.set_state(state["random"]["parts"])
+        self.evaluation_stream.state = state["random"]["evaluation"]
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        torch.set_rng_state(state["random"]["default"])
+
+    def _diagnosis(self, batch: Batch, losses: Tensor) -> str:
+        bad = ~losses.detach().isfinite()
+        rows = bad.nonzero().flatten().tolist() if losses.ndim else list(range(batch.size))
+        examples = batch.indices[rows].tolist() if batch.indices is not None else rows
+        return (
+            f"the loss is not finite at step {self.step} for example{'s' if len(rows) > 1 else ''} "
+            f"{_shorten(examples)}{'' if batch.indices is not None else ' of the batch'}: {self._culprit(batch)}"
+        )
+
+    def _culprit(self, batch: Batch) -> str:
+        for name, value in (("inputs", batch.x), ("targets", batch.y)):
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                return f"the {name} of this batch contain NaN or inf; clean the data"
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return (
+                    f"parameter {name!r} is not finite, so an earlier gradient or step was not; lower the learning rate"
+                )
+        return (
+            "inputs, targets and parameters are finite, so it is the forward pass or the loss; lower the learning rate"
+        )
+
+
+def _shorten(items: list[int], most: int = 8) -> str:
+    return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def _requires_closure(optimizer: Any) -> bool:
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """Split a batch of tensors into at most `count` parts of nearly equal size."""
+    if not (isinstance(batch.x, Tensor) and isinstance(batch.y, Tensor)):
+        raise ValueError("gradient accumulation splits batches of tensors; x or y is no tensor")
+    sections = [t.tensor_split(min(count, batch.size)) if t is not None else None for t in batch]
+    return (Batch(*(s[i] if s is not None else None for s in sections)) for i in range(min(count, batch.size)))
+
+
+LocalStep = Callable[[nn.Module, Any], Tensor]
