@@ -102,17 +102,17 @@ def split_loaders(
         batch_size: of the training loader; evaluation uses batches of up to 1024.
         val, test: fractions of N.
     """
-    if not 0 < val + test < 1:
-        raise ValueError(f"val={val} and test={test} must leave some data for training")
+    if not (val > 0 and test >= 0 and val + test < 1):
+        raise ValueError(f"val={val} and test={test} must give data to validation and leave some for training")
     order = torch.randperm(len(x), generator=generator)
     n_val, n_test = round(len(x) * val), round(len(x) * test)
     parts = order.split([len(x) - n_val - n_test, n_val, n_test])
-    train, *held_out = (  # type: ignore[assignment]
+    train, *held_out = (
         tensor_loader(x[i], y[i], min(1024, len(i)) if k else batch_size, shuffle=k == 0)
         for k, i in enumerate(parts)
         if len(i) or k == 0
     )
-    return Data(train, *held_out)
+    return Data(train, held_out[0], held_out[1] if len(held_out) > 1 else None)
 
 
 def dirichlet_clients(

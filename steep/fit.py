@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from steep import checkpoint as checkpoints
+from steep.console import bar, interrupts
 from steep.measure import PeakMemory
 from steep.randomness import stream_seed
 from steep.recipe import Recipe
+from steep.saver import Saver
 from steep.training import History, NonFinite, Training, accelerator
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
@@ -31,7 +26,8 @@ class Result:
     """A finished training.
 
     `seconds` and `cpu_seconds` are of training alone, `peak_memory` is in bytes (None where it cannot be known),
-    `val` and `test` map "loss" and the metric's name to their final values.
+    `val` and `test` map "loss" and the metric's name to their final values. `horizon` is the number of steps the
+    budget stood for, or `None`.
     """
 
     model: nn.Module
@@ -43,10 +39,7 @@ class Result:
     seconds: float
     cpu_seconds: float
     peak_memory: int | None
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the training stopped between two steps and left a checkpoint."""
+    horizon: int | None
 
 
 def fit(
@@ -59,6 +52,7 @@ def fit(
     precision: str = "no",
     accumulate: int = 1,
     evaluate_every: int | None = None,
+    save_every: float = 0.0,
     progress: bool | None = None,
 ) -> Result:
     """Run a recipe.
@@ -75,6 +69,7 @@ def fit(
         precision: "no", "bf16" or "fp16" (mixed precision through Accelerate).
         accumulate: forward and backward each batch in this many parts, to save memory.
         evaluate_every: steps between evaluations; by default 25 evaluations over the training.
+        save_every: seconds between checkpoints, at least; by default one at every evaluation.
         progress: show a progress bar; by default on a terminal.
 
     Raises:
@@ -100,93 +95,38 @@ def fit(
         path = Path(checkpoint) if checkpoint is not None else None
         if path is not None and path.exists():
             training.load_state_dict(checkpoints.load(path), path)
-        _train(training, path, evaluate_every, sys.stderr.isatty() if progress is None else progress)
+        saver = Saver(training, path, save_every)
+        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress)
         return _result(training, memory)
 
 
-def _train(training: Training, path: Path | None, every: int | None, progress: bool) -> None:
+def _train(training: Training, saver: Saver, every: int | None, progress: bool) -> None:
     """Step until the budget ends, evaluating, saving and minding Ctrl-C on the way."""
     every = every or _interval(training.run.horizon, training.run.steps_per_epoch)
-    with _interrupts() as interrupted, _bar(training, progress) as show:
+    with interrupts() as interrupted, bar(training, progress) as show:
         training.stopwatch.start()
         while not training.finished():
             try:
                 training.advance()
             except NonFinite as error:
-                raise NonFinite(f"{error}. {_way_back(path)}") from None
+                raise NonFinite(f"{error}. {saver.way_back()}") from None
             if training.step % every == 0 and not training.finished():
                 show(training.record())
-                if path is not None:
-                    _save(training, path)
+                saver.save_if_due()
             if interrupted():
-                _stop(training, path)
+                saver.stop()
         if not training.history.evaluations or training.history.evaluations[-1]["step"] != training.step:
             show(training.record())
-        if path is not None:
-            _save(training, path)
+        saver.save()
 
 
 def _interval(horizon: int | None, steps_per_epoch: int) -> int:
     return max(1, horizon // EVALUATIONS) if horizon else steps_per_epoch
 
 
-def _save(training: Training, path: Path) -> None:
-    """Save, unless a parameter is not finite: the file then keeps the last good state."""
-    if all(p.isfinite().all() for p in training.model.parameters()):
-        with training.stopwatch.pause():
-            checkpoints.save(path, training.state_dict())
-
-
-def _stop(training: Training, path: Path | None) -> None:
-    path = path or Path("steep-interrupted.pt")
-    checkpoints.save(path, training.state_dict())
-    raise Interrupted(f"stopped after step {training.step}; go on with fit(recipe, ..., checkpoint={str(path)!r})")
-
-
-def _way_back(path: Path | None) -> str:
-    if path is None:
-        return "No checkpoint was kept; pass fit(..., checkpoint=PATH) to keep one"
-    return f"The last finite checkpoint is {path}" if path.exists() else "It happened before the first checkpoint"
-
-
 def _result(training: Training, memory: PeakMemory) -> Result:
     data, last = training.run.data, training.history.evaluations[-1]
     val = {key: value for key, value in last.items() if key not in ("step", "examples", "seconds", "cpu_seconds")}
     test = training.evaluate(data.test) if data.test is not None else val
-    costs = (training.step, training.examples, *training.stopwatch.read(), memory.read())
+    costs = (training.step, training.examples, *training.stopwatch.read(), memory.read(), training.run.horizon)
     return Result(training.model, training.history, val, test, *costs)
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C into a flag, read between two steps; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    requested: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        requested.append(number)
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(requested)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _bar(training: Training, visible: bool) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A progress bar with the latest scores; yields the function that updates it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as bar:
-        task = bar.add_task(training.recipe.name, total=training.run.horizon, completed=training.step)
-
-        def show(entry: dict[str, float]) -> None:
-            scores = "  ".join(
-                f"{k} {v:.4g}" for k, v in entry.items() if k not in ("examples", "seconds", "cpu_seconds", "step")
-            )
-            bar.update(task, completed=training.step, description=f"{training.recipe.name}  {scores}")
-
-        yield show

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,9 +137,9 @@ class Training:
         if self.needs_closure:
             first: list[Tensor] = []
 
-            def closure() -> Tensor:
+            def closure() -> float:
                 first.append(self.gradient(batch))
-                return first[-1].mean()
+                return first[-1].mean().item()
 
             self.optimizer.step(closure)
             return first[0]
@@ -253,5 +253,3 @@ def _parts(batch: Batch, count: int) -> Iterator[Batch]:
     sections = [t.tensor_split(min(count, batch.size)) if t is not None else None for t in batch]
     return (Batch(*(s[i] if s is not None else None for s in sections)) for i in range(min(count, batch.size)))
 
-
-LocalStep = Callable[[nn.Module, Any], Tensor]

@@ -1,0 +1,198 @@
+"""The command line: ``steep list | show | fit | compare | report``."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import steep
+from steep.card import Card, Choice, Range, card, cards
+from steep.tasks import tasks
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Training methods of the literature, and whether they help on your model.",
+)
+out = Console()
+
+Recipe = Annotated[str, typer.Argument(help="a task (see `steep list tasks`), file.py:recipe or package.module:recipe")]
+
+
+@app.command("list")
+def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "methods") -> None:
+    """List methods, or tasks."""
+    if what not in ("methods", "tasks"):
+        raise typer.BadParameter(f"{what!r} must be methods or tasks")
+    table = Table(box=None, header_style="bold")
+    for column in ("id", "changes", "what it does") if what == "methods" else ("task", "what it is"):
+        table.add_column(column, no_wrap=not column.startswith("what"))
+    if what == "methods":
+        for c in cards().values():
+            table.add_row(c.id, c.changes, c.summary)
+    else:
+        for t in tasks().values():
+            names = f" ({', '.join(t.variants)})" if t.variants else ""
+            table.add_row(t.name + (":NAME" if t.variants else ""), t.summary + names)
+    out.print(table)
+
+
+@app.command()
+def show(method: Annotated[str, typer.Argument(help="a method's id")]) -> None:
+    """Show a method: what it does, formula, hyper-parameters, what it needs, paper."""
+    c = card(method)
+    out.print(f"[bold]{c.id}[/bold]  (changes: {c.changes})\n", highlight=False)
+    print(inspect.getdoc(sys.modules[c.make.__module__]) or c.summary, end="\n\n")
+    out.print(_hyper_table(c))
+    if c.needs:
+        out.print("\nneeds  " + "\n       ".join(steep.needs.NEEDS[n].what for n in sorted(c.needs)), markup=False)
+    year = f" ({c.paper.year})" if c.paper.year else ""
+    out.print(f"\npaper  {c.paper.title}{year}\n       {c.paper.link or ''}", highlight=False, markup=False)
+
+
+def _hyper_table(c: Card) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("hyper-parameter", "default", "tuned over"):
+        table.add_column(column)
+    for name, default in c.hyper.items():
+        table.add_row(name, repr(default), _range(c.space.get(name)))
+    return table
+
+
+def _range(values: Range | Choice | None) -> str:
+    if values is None:
+        return ""
+    if isinstance(values, Choice):
+        return ", ".join(map(repr, values.options))
+    return f"{values.low:g} to {values.high:g}{' (log)' if values.log else ''}"
+
+
+@app.command()
+def fit(
+    recipe: Recipe,
+    method: Annotated[list[str] | None, typer.Option(help="a method's id; may be given again")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, as name=value or id.name=value")] = None,
+    seed: int = 0,
+    epochs: float | None = None,
+    steps: int | None = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="file to go on from, and to save to")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu; by default the accelerator, if there is one")] = None,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
+    accumulate: Annotated[int, typer.Option(help="parts to split each batch into, to save memory")] = 1,
+) -> None:
+    """Train a recipe once, with or without methods."""
+    from steep.evidence.source import load_recipe
+
+    loaded = load_recipe(recipe)
+    if epochs is not None or steps is not None:
+        loaded = loaded.replace(budget=steep.Budget(epochs=epochs, steps=steps))
+    hyper = _hyper(set_ or [], method or [])
+    loaded = steep.compose(loaded, [(card(id), hyper[id]) for id in method or []])
+    result = steep.fit(
+        loaded, seed=seed, checkpoint=checkpoint, device=device, precision=precision, accumulate=accumulate
+    )
+    scores = "  ".join(f"test {name} {value:.4g}" for name, value in result.test.items())
+    out.print(f"{loaded.name}: {scores}  ({result.steps} steps, {result.seconds:.1f} s)", highlight=False, markup=False)
+
+
+def _hyper(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
+    """``name=value`` pairs by method; a name without a method's id needs exactly one method."""
+    found: dict[str, dict[str, Any]] = {id: {} for id in methods}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        id, dot, key = name.partition(".") if "." in name else (methods[0] if len(methods) == 1 else "", "", name)
+        if not equals or id not in found:
+            raise ValueError(f"--set {setting!r}: write name=value for one --method, or id.name=value for several")
+        found[id][key] = _value(text)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+@app.command()
+def compare(
+    recipe: Recipe,
+    methods: Annotated[list[str], typer.Option("--methods", "-m", help="ids ('a+b' joins two), or 'all'")],
+    more: Annotated[list[str] | None, typer.Argument(help="further ids after --methods", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="plan trials and seeds to fit")] = None,
+    seeds: Annotated[int | None, typer.Option(help="paired confirmation seeds (8)")] = None,
+    trials: Annotated[int | None, typer.Option(help="tuning trials per arm (8)")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes of one thread each (number of cores)")] = None,
+    score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
+    out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
+) -> None:
+    """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
+    from steep.evidence import table
+    from steep.evidence.compare import compare as run
+
+    ids = [*methods, *(more or [])]
+    study = run(
+        recipe,
+        "all" if ids == ["all"] else ids,
+        minutes=minutes,
+        seeds=seeds,
+        trials=trials,
+        workers=workers,
+        out=out_,
+        score=score,
+        command=shlex.join(["steep", *sys.argv[1:]]),
+    )
+    out.print(table.render(study))
+    for sentence in table.sentences(study):
+        out.print(sentence, highlight=False, markup=False)
+    out.print(f"report: {out_ / 'report.html'}", highlight=False, markup=False)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="the --out of a finished compare")] = Path("steep-compare"),
+) -> None:
+    """Print a finished comparison again, and write its report afresh."""
+    from steep.evidence import report as pages
+    from steep.evidence import table
+    from steep.evidence.store import open_store
+
+    store = open_store(directory)
+    study = store.study()
+    out.print(table.render(study))
+    out.print(f"report: {pages.write(study, directory)}", highlight=False, markup=False)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Expected errors as one line on standard error and exit code 2; Ctrl-C as 130."""
+    from steep.evidence.pool import RunError
+
+    try:
+        yield
+    except steep.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped; finished trainings are kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except (steep.UnknownName, ValueError, TypeError, FileNotFoundError, OSError, ArithmeticError, RunError) as error:
+        print(f"steep: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of the command ``steep``."""
+    with _plain_errors():
+        app(standalone_mode=False)

@@ -1,0 +1,34 @@
+"""Shared by all tests: one thread, and recipes small enough to run in milliseconds."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import nn
+
+import steep
+
+torch.set_num_threads(1)
+
+
+def squared_error(output, target):
+    return (output.squeeze(-1) - target).square()
+
+
+@pytest.fixture
+def regression():
+    """A recipe on 40 noisy linear examples, 5 steps an epoch, with dropout so that random numbers matter."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(60, generator=generator)
+    return steep.Recipe(
+        data=lambda g: steep.split_loaders(x, y, g, batch_size=8, val=1 / 6, test=1 / 6),
+        model=lambda: nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1)),
+        loss=squared_error,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05),
+        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR,
+        budget=steep.Budget(epochs=4),
+        name="regression",
+    )
