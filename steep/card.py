@@ -18,6 +18,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from steep.needs import NEEDS
 
 if TYPE_CHECKING:
@@ -86,6 +88,9 @@ class Card:
             no arms of `compare`.
         space: ranges to tune over, by hyper-parameter; the published defaults are always tried first.
         needs: what the training must offer, out of `steep.needs.NEEDS`.
+        variants: for hyper-parameters whose other values cannot be guessed (names, `None`), one other value that must
+            change the training; the common checks try it.
+        neutral: hyper-parameters that change speed or memory, not the result.
         wraps: the method builds on what the noun held before instead of replacing it.
         formula: the update in one or two lines of plain text, for ``steep show``.
     """
@@ -97,6 +102,8 @@ class Card:
     plug: Callable[..., Recipe] | None = None
     space: Mapping[str, Range | Choice] = field(default_factory=dict)
     needs: frozenset[str] | set[str] = frozenset()
+    variants: Mapping[str, Any] = field(default_factory=dict)
+    neutral: frozenset[str] | set[str] = frozenset()
     wraps: bool = False
     formula: str = ""
 
@@ -126,14 +133,26 @@ class Card:
         """The recipe with this method in it.
 
         Raises:
-            TypeError: an unknown hyper-parameter, or a card without a plug.
+            TypeError: an unknown hyper-parameter, a value of the wrong type, or a card without a plug.
         """
         if self.plug is None:
             raise TypeError(f"{self.id!r} is used on its own (see `steep show {self.id}`), not as an arm of a recipe")
         for name in hyper:
             if name not in self.hyper:
                 raise TypeError(f"{self.id!r} has no hyper-parameter {name!r}{nearest(name, self.hyper)}")
+            if wrong_type(hyper[name], self.hyper[name]):
+                kind = type(self.hyper[name]).__name__
+                raise TypeError(f"{self.id!r}: {name}={hyper[name]!r} must be of type {kind}, like its default")
         return self.plug(recipe.replace(score=recipe.score or recipe.loss), **hyper)
+
+
+def wrong_type(value: Any, default: Any) -> bool:
+    """Whether a value cannot stand where `default` stands: no number for a number, no text for a text, ..."""
+    if isinstance(default, bool):
+        return not isinstance(value, bool)
+    kinds: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float, Tensor), str: (str,), tuple: (tuple, list)}
+    allowed = kinds.get(type(default))
+    return allowed is not None and (isinstance(value, bool) or not isinstance(value, allowed))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

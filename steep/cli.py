@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.table import Table
 import steep
 from steep.card import Card, Choice, Range, card, cards
 from steep.tasks import tasks
+from steep.training import RunError
+
+P = ParamSpec("P")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,7 +33,30 @@ out = Console()
 Recipe = Annotated[str, typer.Argument(help="a task (see `steep list tasks`), file.py:recipe or package.module:recipe")]
 
 
+def _plainly(command: Callable[P, None]) -> Callable[P, None]:
+    """Have a command end on an expected error with one line and exit code 2, on Ctrl-C with 130."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except steep.Interrupted as stop:
+            _end(str(stop), 130)
+        except KeyboardInterrupt:
+            _end("stopped; finished trainings are kept, and the same command goes on", 130)
+        except (KeyError, ValueError, TypeError, OSError, ArithmeticError, RunError) as error:
+            _end(f"steep: {error}", 2)
+
+    return run
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
 @app.command("list")
+@_plainly
 def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "methods") -> None:
     """List methods, or tasks."""
     if what not in ("methods", "tasks"):
@@ -49,6 +75,7 @@ def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "metho
 
 
 @app.command()
+@_plainly
 def show(method: Annotated[str, typer.Argument(help="a method's id")]) -> None:
     """Show a method: what it does, formula, hyper-parameters, what it needs, paper."""
     c = card(method)
@@ -79,10 +106,13 @@ def _range(values: Range | Choice | None) -> str:
 
 
 @app.command()
+@_plainly
 def fit(
     recipe: Recipe,
     method: Annotated[list[str] | None, typer.Option(help="a method's id; may be given again")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, as name=value or id.name=value")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="hyper-parameter: name=value or id.name=value")
+    ] = None,
     seed: int = 0,
     epochs: float | None = None,
     steps: int | None = None,
@@ -111,7 +141,8 @@ def _hyper(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, A
     found: dict[str, dict[str, Any]] = {id: {} for id in methods}
     for setting in settings:
         name, equals, text = setting.partition("=")
-        id, dot, key = name.partition(".") if "." in name else (methods[0] if len(methods) == 1 else "", "", name)
+        id, _, key = name.rpartition(".")
+        id = id or (methods[0] if len(methods) == 1 else "")
         if not equals or id not in found:
             raise ValueError(f"--set {setting!r}: write name=value for one --method, or id.name=value for several")
         found[id][key] = _value(text)
@@ -126,6 +157,7 @@ def _value(text: str) -> Any:
 
 
 @app.command()
+@_plainly
 def compare(
     recipe: Recipe,
     methods: Annotated[list[str], typer.Option("--methods", "-m", help="ids ('a+b' joins two), or 'all'")],
@@ -160,6 +192,7 @@ def compare(
 
 
 @app.command()
+@_plainly
 def report(
     directory: Annotated[Path, typer.Argument(help="the --out of a finished compare")] = Path("steep-compare"),
 ) -> None:
@@ -174,25 +207,6 @@ def report(
     out.print(f"report: {pages.write(study, directory)}", highlight=False, markup=False)
 
 
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Expected errors as one line on standard error and exit code 2; Ctrl-C as 130."""
-    from steep.evidence.pool import RunError
-
-    try:
-        yield
-    except steep.Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped; finished trainings are kept, and the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except (steep.UnknownName, ValueError, TypeError, FileNotFoundError, OSError, ArithmeticError, RunError) as error:
-        print(f"steep: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main() -> None:
     """Entry point of the command ``steep``."""
-    with _plain_errors():
-        app(standalone_mode=False)
+    app()

@@ -13,6 +13,7 @@ leaves the machine may drop it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,9 +94,9 @@ def norm(x: Tensors) -> Tensor:
     return get_total_norm(list(x.values()))
 
 
-def clip(gradient: Tensors, max_norm: float | None) -> Tensors:
+def clip(gradient: Tensors, max_norm: float) -> Tensors:
     """The gradient, shortened to `max_norm` where it is longer, as in `torch.nn.utils.clip_grad_norm_`."""
-    if max_norm is None:
+    if max_norm == math.inf:
         return gradient
     return scale(gradient, (max_norm / (norm(gradient) + 1e-6)).clamp(max=1.0))
 
@@ -172,18 +173,18 @@ class Federation:
     latest broadcast, the server does its `server_step`, and the model holds the result. The item is the detached
     losses that the clients saw, one per example. A round that fails changes no state.
 
-    All randomness is a function of one seed, the round and the client. It does not depend on where clients run or in
-    which order, and two methods of equal seed sample the same clients and give them the same batches. A client
-    starts a fresh pass over its loader each round.
+    All randomness is a function of one seed, the round and the client (data order apart from the forward pass's). It
+    does not depend on where clients run or in which order, and two methods of equal seed sample the same clients
+    and give them the same batches. A client starts a fresh pass over its loader each round.
 
     Args:
         model: the server's model; between rounds it holds the latest parameters (trainable ones) and buffers.
         clients: one training loader per client.
         client_step, server_step: the method. A client's first state is ``{"examples": n}``.
+        generator: draws the seed, once.
         lr: learning rate of the first round, ``server["lr"]``; the server broadcasts it beside the model.
         fraction: share of the clients in each round, at least one.
         local_steps: batches given to each sampled client.
-        generator: draws the seed, once, here; torch's default generator where it is `None`.
 
     Raises:
         UnmetNeed: no clients.
@@ -199,15 +200,15 @@ class Federation:
         client_step: ClientStep,
         server_step: ServerStep,
         *,
+        generator: torch.Generator,
         lr: float,
         fraction: float,
         local_steps: int,
-        generator: torch.Generator | None = None,
     ):
         if len(clients) == 0:
             raise UnmetNeed(f"{type(self).__name__} needs {NEEDS['clients'].what}: {NEEDS['clients'].remedy}")
         check_range("fraction", fraction, 0 < fraction <= 1, "in (0, 1]")
-        check_range("local_steps", local_steps, local_steps >= 1, "at least 1")
+        check_range("local_steps", local_steps, isinstance(local_steps, int) and local_steps >= 1, "an integer >= 1")
         self.model, self.loaders, self.fraction, self.local_steps = model, clients, fraction, local_steps
         self.client_step, self.server_step = client_step, server_step
         self.seed, self.round = int(torch.randint(2**62, (), generator=generator)), 0
@@ -237,12 +238,10 @@ class Federation:
         return sorted(order[:count].tolist())
 
     def _visit(self, i: int) -> tuple[State, Message]:
-        """One client's step, on random numbers of its own (dropout apart from data order)."""
-        order = Stream(self.seed, f"order {self.round} {i}")
-        with Stream(self.seed, f"model {self.round} {i}").active():
-            state, message = self.client_step(
-                self.clients[i], self.broadcast, local_batches(self.loaders[i], self.local_steps, order)
-            )
+        order, noise = (Stream(self.seed, f"{name} {self.round} {i}") for name in ("order", "noise"))
+        batches = local_batches(self.loaders[i], self.local_steps, order)
+        with noise.active():
+            state, message = self.client_step(self.clients[i], self.broadcast, batches)
         if not all(tensor.isfinite().all() for tensor in take("parameter", message).values()):
             raise ArithmeticError(
                 f"client {i} sends a model that is not finite in round {self.round}, which is left undone: lower lr"
@@ -299,12 +298,12 @@ def check_range(name: str, value: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} must be {allowed}")
 
 
-def check_local_sgd(lr: float, lr_decay: float, weight_decay: float, clip_norm: float | None) -> None:
+def check_local_sgd(lr: float, lr_decay: float, weight_decay: float, clip_norm: float) -> None:
     """Raise `ValueError` for hyper-parameters of local SGD that are out of range."""
     check_range("lr", lr, lr > 0, "positive")
     check_range("lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
     check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-    check_range("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "positive or None")
+    check_range("clip_norm", clip_norm, clip_norm > 0, "positive (math.inf: no clipping)")
 
 
 def _examples(i: int, loader: Loader) -> int:

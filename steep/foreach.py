@@ -1,117 +1,150 @@
 """One update rule over many tensors: gathered from an optimizer, run in buckets of cache size, compiled once.
 
-A method writes its mathematics once, as ``update(param, grad, *state, **scalars)``: in place, never writing to `grad`,
-for one flat tensor (elementwise rules) or for a stack (k, rows, columns) of k equal shapes (rules that look at rows).
-`gather` collects its arguments and `sweep` runs it in one of three ways that agree up to rounding:
+A method writes its mathematics once, for one tensor; `sweep` runs it over a parameter group in one of three ways,
+which agree up to rounding:
 
 - ``foreach=False``: tensor by tensor, the reference;
-- ``foreach=True`` (and None): small tensors joined in a bucket and large ones cut into pieces, so that the operations
-  of one rule find their operands in the cache. On CPU this beats ``torch._foreach_*`` on large tensors, where every
-  operation streams all parameters through memory;
-- ``compile=True``: the same buckets through one kernel of ``torch.compile``, built in seconds for every length and
-  every learning rate. A graph over a list of 200 tensors took three minutes to compile and ran no faster.
+- ``foreach=True`` (and None): small tensors joined in a bucket and large ones cut into pieces, so that a rule's many
+  operations find their operands in the cache and its intermediates are small. On CPU that beats ``torch._foreach_*``,
+  where each operation streams all parameters through memory;
+- ``compile=True``: the same buckets through kernels of ``torch.compile``, built in seconds and good for every length
+  and every value of the scalars. One graph over a list of 200 tensors took three minutes to compile and ran no faster.
 
-State is laid end to end when it is made, so that a bucket of it is a view; where it no longer is (after a change of
-the parameters that have gradients, say), it is copied in and out.
+State is laid end to end when it is made, so that a bucket of it is a view. Parameters and gradients are not: those in
+a bucket are copied in and out through scratch memory, which stays with the optimizer.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _unflatten_dense_tensors
 from torch.optim import Optimizer
 
 Row = tuple[Tensor, ...]  # a parameter, its gradient, its state
-Update = Callable[..., None]
-Ranges = Mapping[str, "str | tuple[str, ...]"]
+Scalars = Callable[[int], Mapping[str, Any]]
+Scratch = dict[Any, tuple[tuple[torch.Size, ...], Tensor, Sequence[Tensor]]]
 
-GRAD = 1  # the column of a row that is never written
+GRAD = 1  # the place of the gradient in a row; never written
 ALONE = 2**16  # elements from which on a tensor is worth calls of its own
 
 
-def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:
-    """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
-    for name, allowed in ranges.items():
-        if isinstance(allowed, str):
-            _check(name, group[name], allowed)
-            continue
-        if not isinstance(group[name], Sequence) or len(group[name]) != len(allowed):
-            raise ValueError(f"{name}={group[name]!r} must be {len(allowed)} numbers")
-        for i, (value, interval) in enumerate(zip(group[name], allowed, strict=True)):
-            _check(f"{name}[{i}]", value, interval)
+class RowRule(NamedTuple):
+    """An update that looks at rows and whole tensors, in three stages; x are parameter, gradient and state.
+
+    `measure(*x)` updates the state and returns numbers per row, (k, rows, n); it and `apply` may see some of the rows.
+    `decide(numbers, param, *per_tensor)` sees all rows, of `param` only for its shape, and returns (k, rows, m).
+    `apply(*x, decided)` updates the parameter. In stages, because a compiler would work `decided` out for every element.
+    """
+
+    measure: Callable[..., Tensor]
+    decide: Callable[..., Tensor]
+    apply: Callable[..., None]
 
 
-def _check(name: str, value: Any, allowed: str) -> None:
-    low, high = map(float, allowed[1:-1].split(","))
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}={value!r} must be a number in {allowed}") from None
-    above = number >= low if allowed[0] == "[" else number > low
-    below = number <= high if allowed[-1] == "]" else number < high
-    if not (above and below):
-        raise ValueError(f"{name}={value!r} must lie in {allowed}")
-
-
-def working_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of state and arithmetic: float32 for half precision, where eps and small moments underflow."""
-    return torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
-
-
-def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """`Optimizer.load_state_dict`, without its cast of the state of half-precision parameters to half precision."""
-    seen: list[Mapping[str, Any]] = []
-    hook = optimizer.register_load_state_dict_pre_hook(lambda _, final: seen.append(final))
-    try:
-        Optimizer.load_state_dict(optimizer, dict(state_dict))
-    finally:
-        hook.remove()
-    ids, params = (chain.from_iterable(g["params"] for g in gs) for gs in (seen[0]["param_groups"], optimizer.param_groups))
-    for i, p in zip(ids, params, strict=True):
-        for name, value in seen[0]["state"].get(i, {}).items():
-            if name != "step" and working_dtype(p) != p.dtype:
-                optimizer.state[p][name] = value.to(p.device, working_dtype(p))
-
-
-def gather(
+def sweep(
     optimizer: Optimizer,
-    params: Iterable[Tensor],
+    group: Mapping[str, Any],
+    update: Callable[..., None],
     names: Sequence[str],
-    *,
-    per_tensor: Sequence[str] = (),
-    stacked: bool = False,
-) -> Iterator[tuple[int, list[Row]]]:
-    """Count one step of every parameter that has a gradient; yield (step, rows) for those that can share a call.
+    scalars: Scalars,
+    params: Iterable[Tensor] | None = None,
+) -> None:
+    """One step of an elementwise rule: ``update(param, grad, *state, **scalars(t))``, on flat tensors, in place.
 
     Args:
-        optimizer: owner of the state; state that is missing is made, of zeros.
-        params: parameters of one group.
-        names: state of the parameter's shape, in the order in which the update takes it.
-        per_tensor: further state, 0-d.
-        stacked: share calls among equal shapes only.
+        optimizer: owner of the state; what is missing is made, of zeros, beside the count of steps t = 1, 2, ...
+        group: the parameter group; its "foreach" and "compile" say how to run.
+        update: the rule; must not write to the gradient.
+        names: state of the parameter's shape, in the order in which `update` takes it.
+        scalars: numbers, flags and None by name, given t. When compiled, numbers arrive as 0-d float64 tensors.
+        params: those of the group to step, where they have a gradient; all by default.
 
     Raises:
-        RuntimeError: a sparse gradient or a complex parameter.
+        RuntimeError: a sparse gradient, a complex parameter, or no compiler.
     """
-    state = optimizer.state
+    for t, _, flats in _buckets(optimizer, group, params, names):
+        run = _bind(update, scalars(t), group, flats[0].device)
+        for piece in _pieces(flats, 0, _piece_size(group, flats[0].device)):
+            run(*piece)
+
+
+def sweep_rows(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    rule: RowRule,
+    names: Sequence[str],
+    scalars: Scalars,
+    params: Iterable[Tensor],
+    per_tensor: Sequence[str] = (),
+) -> None:
+    """One step of a rule in stages, on stacks (k, rows, columns) of k equal shapes; arguments as for `sweep`.
+
+    Args:
+        params: of at least two dimensions; the first one counts rows.
+        per_tensor: further state, 0-d, of which `decide` is given (k,).
+    """
+    for t, bucket, flats in _buckets(optimizer, group, params, names, per_tensor, alike=True):
+        stacks = [flat.view(len(bucket), bucket[0][0].shape[0], -1) for flat in flats[: len(names) + 2]]
+        measure, decide, apply = (_bind(stage, scalars(t), group, flats[0].device) for stage in rule)
+        rows = max(1, _piece_size(group, flats[0].device) // (len(bucket) * stacks[0].shape[2]))
+        numbers = torch.cat([measure(*piece) for piece in _pieces(stacks, 1, rows)], 1)
+        decided = decide(numbers, stacks[0], *flats[len(names) + 2 :])
+        for piece in _pieces([*stacks, decided], 1, rows):
+            apply(*piece)
+
+
+def _pieces(tensors: list[Tensor], dim: int, size: int) -> Iterable[Sequence[Tensor]]:
+    return [tensors] if tensors[0].shape[dim] <= size else zip(*(t.split(size, dim) for t in tensors), strict=True)
+
+
+def _piece_size(group: Mapping[str, Any], device: torch.device) -> int:
+    """Elements per call. Eager on CPU: few enough for the threads' caches, yet worth a call per operation."""
+    whole = group["compile"] or group["foreach"] is False or device.type != "cpu"
+    return sys.maxsize if whole else 2**17 * torch.get_num_threads()
+
+
+def _buckets(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    params: Iterable[Tensor] | None,
+    names: Sequence[str],
+    per_tensor: Sequence[str] = (),
+    alike: bool = False,
+) -> Iterator[tuple[int, list[Row], list[Tensor]]]:
+    """Yield (t, rows, their columns as one vector each); what the caller does to the vectors is done to the rows."""
+    scratch: Scratch = vars(optimizer).setdefault("_scratch", {})  # a cache: neither in state_dict nor in copies
+    for t, rows in _gather(optimizer, group["params"] if params is None else params, names, per_tensor, alike):
+        p = rows[0][0]
+        size = 0 if group["foreach"] is False else min(2**20, _piece_size(group, p.device))
+        for i, bucket in enumerate(_join(rows, size)):
+            place = (id(group), i, p.device, p.dtype, p.shape if alike else None)
+            flats, copied = _flatten(bucket, working_dtype(p.dtype), scratch, place)
+            yield t, bucket, flats
+            for tensors, parts in copied:
+                torch._foreach_copy_(tensors, parts)
+
+
+def _gather(
+    optimizer: Optimizer, params: Iterable[Tensor], names: Sequence[str], per_tensor: Sequence[str], alike: bool
+) -> Iterator[tuple[int, list[Row]]]:
+    """Count a step of every parameter that has a gradient; yield (t, rows) for those that can share a call."""
     kinds: dict[Any, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
     for p in params:
         if (g := p.grad) is not None:
-            kind = (p.device, p.dtype, g.layout, p.shape if stacked else None)
-            kinds.setdefault(kind, []).append((p, g, state[p]))
+            kind = (p.device, p.dtype, g.layout, p.shape if alike else None)
+            kinds.setdefault(kind, []).append((p, g, optimizer.state[p]))
     for _, dtype, layout, _ in kinds:
         _check_kind(type(optimizer).__name__, dtype, layout)
     for members in kinds.values():
-        fresh = [(p, s) for p, _, s in members if not s]
-        if fresh:
-            _make_state(fresh, names, per_tensor)
+        _make_state([(p, s) for p, _, s in members if not s], names, per_tensor)
         steps = [s["step"] for _, _, s in members]
         torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
         shared: dict[float, list[Row]] = {}
@@ -128,118 +161,151 @@ def _check_kind(owner: str, dtype: torch.dtype, layout: torch.layout) -> None:
 
 
 def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], per_tensor: Sequence[str]) -> None:
-    params = [p for p, _ in fresh]
-    scalars = [p.new_empty(()) for p in params]
+    """Zeros for parameters that have no state yet: one buffer per name, the parameters' parts end to end."""
+    if not fresh:
+        return
     for _, s in fresh:
         s["step"] = torch.zeros(())
+    params = [p for p, _ in fresh]
+    scalars = [p.new_empty(()) for p in params]
     for name, like in (*((n, params) for n in names), *((n, scalars) for n in per_tensor)):
-        flat = params[0].new_zeros(sum(t.numel() for t in like), dtype=working_dtype(params[0]))
-        for (_, s), piece in zip(fresh, _unflatten_dense_tensors(flat, like), strict=True):
-            s[name] = piece
+        flat = params[0].new_zeros(sum(t.numel() for t in like), dtype=working_dtype(params[0].dtype))
+        for (_, s), part in zip(fresh, _unflatten_dense_tensors(flat, like), strict=True):
+            s[name] = part
 
 
-def sweep(
-    update: Update,
-    rows: list[Row],
-    *,
-    foreach: bool | None,
-    compile: bool,
-    stacked: bool = False,
-    **scalars: float | bool | None,
-) -> None:
-    """Run `update` over rows of one device and dtype (and one shape, if `stacked`).
-
-    Args:
-        update: called with one tensor per column of `rows` and with `scalars`.
-        rows: what `gather` yields.
-        foreach: share calls among tensors; None is True.
-        compile: compile `update`; its numbers then arrive as 0-d float64 tensors, its flags and None as they are.
-        stacked: give tensors as (k, rows, columns), with (k,) for 0-d state, instead of flat.
-        scalars: the update's hyper-parameters.
-    """
-    param = rows[0][0]
-    size = _bucket_size(param.device, compile) if foreach is not False else 0
-    run = _compiled(update, scalars, param.device) if compile else partial(update, **scalars)
-    for bucket in _buckets(rows, size):
-        columns = tuple(zip(*bucket, strict=True))
-        flats = [_flat(column, working_dtype(param)) for column in columns]
-        if stacked:
-            run(*[_as_stack(flat, column) for flat, column in zip(flats, columns, strict=True)])
-        elif compile or not size:
-            run(*flats)
-        else:
-            for piece in zip(*(flat.split(size) for flat in flats), strict=True):
-                run(*piece)
-        for i, (flat, column) in enumerate(zip(flats, columns, strict=True)):
-            if i != GRAD and flat.data_ptr() != column[0].data_ptr():
-                torch._foreach_copy_(column, _unflatten_dense_tensors(flat, column))
-
-
-def _bucket_size(device: torch.device, compile: bool) -> int:
-    """Elements in a bucket. Eager on CPU: a column fits the cache of each thread, yet is worth a call per operation."""
-    return 2**17 * torch.get_num_threads() if device.type == "cpu" and not compile else 2**20
-
-
-def _buckets(rows: list[Row], size: int) -> Iterator[list[Row]]:
-    """Rows joined up to `size` elements; a tensor large enough to be worth a call stays alone, so as not to be copied."""
+def _join(rows: list[Row], size: int) -> Iterator[list[Row]]:
+    """Rows in buckets of up to `size` elements; a large tensor stays alone, so as not to be copied."""
     bucket: list[Row] = []
-    room = 0
+    room = size
     for row in rows:
         n = row[0].numel()
         if n > min(ALONE, size):
             yield [row]
             continue
-        if n > room and bucket:
+        if n > room:
             yield bucket
             bucket, room = [], size
         bucket.append(row)
-        room = (room or size) - n
+        room -= n
     if bucket:
         yield bucket
 
 
-def _flat(column: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensors as one vector: a view where they lie end to end in memory, else a copy."""
-    first = column[0]
-    start = end = first.data_ptr()
-    for t in column:
+def _flatten(
+    bucket: list[Row], dtype: torch.dtype, scratch: Scratch, place: tuple[Any, ...]
+) -> tuple[list[Tensor], list[tuple[tuple[Tensor, ...], Sequence[Tensor]]]]:
+    """The columns of a bucket, each as one vector, and what must be copied back: (tensors, parts of the vector)."""
+    flats, copied = [], []
+    for c, tensors in enumerate(zip(*bucket, strict=True)):
+        flat = _end_to_end(tensors, dtype)
+        if flat is None:
+            flat, parts = _copy(tensors, dtype, scratch if len(bucket) > 1 else {}, (*place, c))
+            if c != GRAD:
+                copied.append((tensors, parts))
+        flats.append(flat)
+    return flats, copied
+
+
+def _end_to_end(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
+    """The tensors as one vector that shares their memory, if they lie there one after the other."""
+    start = end = tensors[0].data_ptr()
+    for t in tensors:
         if t.data_ptr() != end or t.dtype != dtype or not t.is_contiguous():
-            return _flatten_dense_tensors(column).to(dtype)
+            return None
         end += t.nbytes
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance, of different storages
-        return _flatten_dense_tensors(column)
-    return first.as_strided(((end - start) // first.itemsize,), (1,))
+    storage = tensors[0].untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return None
+    return tensors[0].as_strided(((end - start) // dtype.itemsize,), (1,))
 
 
-def _as_stack(flat: Tensor, column: Sequence[Tensor]) -> Tensor:
-    shape = column[0].shape
-    return flat.view(len(column), shape[0], shape[1:].numel()) if len(shape) > 1 else flat.view(len(column), *shape)
+def _copy(
+    tensors: tuple[Tensor, ...], dtype: torch.dtype, scratch: Scratch, key: tuple[Any, ...]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The tensors copied into one vector, and its parts in their shapes; the memory is that of the last time."""
+    shapes = tuple([t.shape for t in tensors])
+    if key not in scratch or scratch[key][0] != shapes:
+        flat = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=dtype)
+        scratch[key] = (shapes, flat, _unflatten_dense_tensors(flat, tensors))
+    _, flat, parts = scratch[key]
+    torch._foreach_copy_(parts, tensors)
+    return flat, parts
 
 
-def _compiled(update: Update, scalars: Mapping[str, Any], device: torch.device) -> Update:
-    """`update` with its scalars bound, compiled; numbers are passed as data, so that they may change freely."""
+def _bind(function: Callable[..., Any], scalars: Mapping[str, Any], group: Any, device: torch.device) -> Any:
+    """`function` with its scalars, compiled if the group says so; numbers are then data, so that they may change."""
+    if not group["compile"]:
+        return partial(function, **scalars)
     numbers = {k: v for k, v in scalars.items() if v is not None and not isinstance(v, bool)}
     flags = tuple((k, v) for k, v in scalars.items() if k not in numbers)
-    return partial(_kernel(update, tuple(numbers), flags), torch.tensor(list(numbers.values()), dtype=torch.float64, device=device))
+    values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
+    return partial(_kernel(function, tuple(numbers), flags), values)
 
 
 @cache
-def _kernel(update: Update, names: tuple[str, ...], flags: tuple[tuple[str, Any], ...]) -> Update:
-    def call(numbers: Tensor, *tensors: Tensor) -> None:
-        update(*tensors, **dict(zip(names, numbers.unbind(), strict=True)), **dict(flags))
+def _kernel(
+    function: Callable[..., Any], names: tuple[str, ...], flags: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    def call(numbers: Tensor, *tensors: Tensor) -> Any:
+        return function(*tensors, **dict(zip(names, numbers.unbind(), strict=True)), **dict(flags))
 
-    # torch keeps a limited number of variants of one code object: every set of flags gets a code object of its own
-    own = FunctionType(call.__code__.replace(), globals(), update.__name__, None, call.__closure__)
+    # torch keeps a limited number of variants per code object, so every set of flags gets a code object of its own
+    own = FunctionType(call.__code__.replace(), globals(), "kernel", None, call.__closure__)
     kernel = torch.compile(own, fullgraph=True, dynamic=True)
 
-    def guarded(*tensors: Tensor) -> None:
+    def guarded(*tensors: Tensor) -> Any:
         try:
-            kernel(*tensors)
+            return kernel(*tensors)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise RuntimeError(
-                "compile=True needs a working compiler (a C++ compiler such as g++ on CPU, Triton on GPU): "
+                "compile=True needs a compiler (a C++ compiler such as g++ on CPU, Triton on GPU): "
                 "install one, or pass compile=False"
             ) from error
 
     return guarded
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of state and arithmetic: float32 for half precision, where eps and small moments would vanish."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """`Optimizer.load_state_dict` without its cast of the state of half-precision parameters to half precision."""
+    final: list[Mapping[str, Any]] = []  # what the user's own hooks made of state_dict
+    hook = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
+    try:
+        Optimizer.load_state_dict(optimizer, dict(state_dict))
+    finally:
+        hook.remove()
+    ids = chain.from_iterable(g["params"] for g in final[0]["param_groups"])
+    params = chain.from_iterable(g["params"] for g in optimizer.param_groups)
+    for i, p in zip(ids, params, strict=True):
+        for name, value in final[0]["state"].get(i, {}).items():
+            if name != "step" and working_dtype(p.dtype) != p.dtype:
+                optimizer.state[p][name] = value.to(p.device, working_dtype(p.dtype))
+
+
+def check_ranges(group: Mapping[str, Any], ranges: Mapping[str, str | tuple[str, ...]]) -> None:
+    """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
+    for name, allowed in ranges.items():
+        value = group[name]
+        if isinstance(allowed, str):
+            _check(name, value, allowed)
+        elif not isinstance(value, Sequence) or len(value) != len(allowed):
+            raise ValueError(f"{name}={value!r} must be {len(allowed)} numbers in {', '.join(allowed)}")
+        else:
+            for i, interval in enumerate(allowed):
+                _check(f"{name}[{i}]", value[i], interval)
+
+
+def _check(name: str, value: Any, allowed: str) -> None:
+    low, high = map(float, allowed[1:-1].split(","))
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={value!r} must be a number in {allowed}") from None
+    inside = low < number < high or (number == low and allowed[0] == "[") or (number == high and allowed[-1] == "]")
+    if not inside:
+        raise ValueError(f"{name}={value!r} must lie in {allowed}")

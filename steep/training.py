@@ -37,6 +37,10 @@ class NonFinite(ArithmeticError):
     """A loss became NaN or infinite; the message names the step, the examples and the way back."""
 
 
+class RunError(RuntimeError):
+    """A training of a comparison raised; the message names the arm, the seed and the place."""
+
+
 def accelerator(device: str | None, precision: str) -> Accelerator:
     """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
     if precision not in ("no", "bf16", "fp16"):

@@ -1,0 +1,37 @@
+# Two commands for newcomers: `make demo` and `make test`. Both make the environment they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint docs bench clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+demo: .venv/ready  ## compare methods on real data: digits, and a photograph as a function
+	$(BIN)/steep compare digits --methods sven adabelief ps-kd --minutes 2 --out out/digits
+	$(BIN)/steep compare photo --methods sven adabelief --minutes 3 --out out/photo
+
+test: .venv/ready  ## all tests
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/docs-ready  ## the site, with the gallery executed, in docs/_build/html
+	$(BIN)/python -m sphinx -q -W docs docs/_build/html
+
+bench: .venv/ready  ## cost ratios, written to benchmarks/results
+	for file in benchmarks/*.py; do $(BIN)/python $$file --out benchmarks/results/$$(basename $$file .py).json || exit 1; done
+
+clean:
+	rm -rf .venv out docs/_build docs/gallery docs/methods

@@ -1,0 +1,126 @@
+"""The arms of a comparison before they are run: which methods, what is fixed, what is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from steep.card import Card, Choice, Paper, Range, card, cards, log_uniform
+from steep.recipe import Recipe
+
+BASELINE = "baseline"
+LR_SCALE = log_uniform(0.1, 10.0)  # around the learning rate the recipe came with
+
+Methods = tuple[tuple[str, Mapping[str, Any]], ...]  # ids (or function names), each with its hyper-parameters
+MethodLike = str | tuple[str, Mapping[str, Any]] | Callable[[Recipe], Recipe]
+
+
+def adamw(*, lr: float = 1e-3, weight_decay: float = 1e-2) -> Callable[[Iterable[Any]], Optimizer]:
+    """Torch's fused AdamW, the rival that every study tunes beside your own recipe."""
+    return partial(torch.optim.AdamW, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+ADAMW = Card(
+    id="adamw",
+    paper=Paper("Decoupled Weight Decay Regularization", arxiv="1711.05101", year=2019),
+    changes="optim",
+    make=adamw,
+    plug=lambda recipe, **hyper: recipe.replace(optimizer=adamw(**hyper)),
+    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-5, 1e-1)},
+)
+
+
+def method_card(id: str) -> Card:
+    """A method's card, or that of the fused AdamW that every study tunes as a rival."""
+    return ADAMW if id == ADAMW.id else card(id)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One arm: methods with their fixed hyper-parameters, and the ranges of the others.
+
+    Names in `space` are hyper-parameters (``id.name`` where several methods are joined), or "lr_scale", the
+    factor on the learning rate of a recipe's own optimizer.
+    """
+
+    name: str
+    methods: Methods = ()
+    space: Mapping[str, Range | Choice] = field(default_factory=dict)
+
+    @property
+    def cards(self) -> list[Card]:
+        return [method_card(id) for id, _ in self.methods if id in {**cards(), ADAMW.id: ADAMW}]
+
+    def settings(self, chosen: Mapping[str, Any]) -> tuple[Methods, float]:
+        """Methods with all their hyper-parameters, and the factor on the learning rate."""
+        methods = tuple(
+            (id, {**fixed, **{k: chosen[p + k] for k in self._names(id) if p + k in chosen}})
+            for id, fixed, p in ((id, fixed, self._prefix(id)) for id, fixed in self.methods)
+        )
+        return methods, chosen.get("lr_scale", 1.0)
+
+    def defaults(self) -> dict[str, Any]:
+        """The published value of everything that is tuned; the recipe's own learning rate."""
+        published = {self._prefix(c.id) + k: v for c in self.cards for k, v in c.hyper.items()}
+        return {name: published.get(name, 1.0) for name in self.space}
+
+    def _prefix(self, id: str) -> str:
+        return f"{id}." if len(self.methods) > 1 else ""
+
+    def _names(self, id: str) -> Mapping[str, Any]:
+        return next((c.hyper for c in self.cards if c.id == id), {})
+
+
+def contender(method: MethodLike) -> Contender:
+    """An arm from a method's id ("a+b" joins two), an ``(id, hyper)`` pair, or a function from recipe to recipe.
+
+    Raises:
+        UnknownName: no such method.
+        TypeError: no such hyper-parameter, or a method that is no arm.
+        ValueError: a value of the wrong type or out of range.
+    """
+    if callable(method):
+        return Contender(method.__name__, ((method.__name__, {}),), {"lr_scale": LR_SCALE})
+    id, fixed = (method, {}) if isinstance(method, str) else (method[0], dict(method[1]))
+    parts = tuple((part, _own(part, id, fixed)) for part in id.split("+"))
+    arm = Contender(id, parts)
+    return Contender(id, parts, _space(arm))
+
+
+def _own(part: str, id: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The fixed hyper-parameters of one of the methods joined in `id`."""
+    card(part)
+    return dict(fixed) if part == id else {k.partition(".")[2]: v for k, v in fixed.items() if k.startswith(part + ".")}
+
+
+def _space(arm: Contender) -> dict[str, Range | Choice]:
+    fixed = dict(arm.methods)
+    space = {
+        arm._prefix(c.id) + name: values
+        for c in arm.cards
+        for name, values in c.space.items()
+        if name not in fixed[c.id]
+    }
+    own_rate = any(c.changes in ("optim", "rounds") or "lr" in c.hyper for c in arm.cards)
+    return space if own_rate else {**space, "lr_scale": LR_SCALE}
+
+
+def contenders(recipe: Recipe, methods: Sequence[MethodLike]) -> list[Contender]:
+    """Baseline, tuned AdamW (where the recipe's rounds leave the optimizer to it), then the methods.
+
+    Raises:
+        ValueError: the same arm twice.
+    """
+    baseline = Contender(BASELINE, (), {} if recipe.rounds else {"lr_scale": LR_SCALE})
+    rival = [] if recipe.rounds else [Contender(ADAMW.id, ((ADAMW.id, {}),), ADAMW.space)]
+    arms = [baseline, *rival, *(contender(m) for m in methods if m != ADAMW.id)]
+    names = [arm.name for arm in arms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{twice!r} is given twice: give each method once (or join different ones with '+')")
+    return arms

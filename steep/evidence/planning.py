@@ -1,0 +1,83 @@
+"""How many trials and seeds fit into the time there is, how long it will take, and what it could show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from steep.evidence.statistics import minimum_detectable_effect, seeds_needed
+from steep.evidence.tuning import EXTRA_SEEDS
+
+SEEDS, TRIALS = 8, 8
+LADDER = ((16, 16), (16, 12), (8, 12), (8, 8), (4, 8), (4, 6), (2, 6))  # (trials, seeds), most to least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison will run.
+
+    Args:
+        trials: tuning trials per arm.
+        seeds: paired confirmation seeds.
+        runs: trainings in all (an upper bound: some serve twice).
+        seconds: how long they should take.
+        effect: smallest difference it would show in 4 of 5 studies, in standard deviations of the paired difference.
+    """
+
+    trials: int
+    seeds: int
+    runs: int
+    seconds: float
+    effect: float
+
+
+def tuning_runs(trials: int) -> int:
+    """Trainings that tune one arm: the trials, and the finalists on further seeds."""
+    count = trials // 4
+    return trials + (count * EXTRA_SEEDS if count > 1 else 0)
+
+
+def plan_of(run_seconds: Mapping[str, float], tuned: Mapping[str, bool], trials: int, seeds: int, workers: int) -> Plan:
+    """Cost of that many trials and seeds.
+
+    Args:
+        run_seconds: expected seconds of one run, by arm, the baseline first.
+        tuned: whether the arm has anything to tune.
+    """
+    baseline, *others = run_seconds.values()
+    tune = {name: tuning_runs(trials) if tuned[name] else 1 for name in run_seconds}
+    slower = sum(abs(seconds / baseline - 1) > 0.05 for seconds in others)  # get equal-time runs too
+    work = sum(tune[name] * seconds for name, seconds in run_seconds.items())
+    work += seeds * (sum(run_seconds.values()) + baseline + slower * baseline)
+    runs = sum(tune.values()) + seeds * (len(run_seconds) + 1 + slower)
+    effect = minimum_detectable_effect(1.0, seeds, alpha=0.05 / max(1, len(others))) if seeds >= 6 else float("inf")
+    return Plan(trials, seeds, runs, work / workers, effect)
+
+
+def choose(
+    run_seconds: Mapping[str, float],
+    tuned: Mapping[str, bool],
+    workers: int,
+    *,
+    minutes: float | None,
+    trials: int | None,
+    seeds: int | None,
+) -> Plan:
+    """The largest plan that fits, or the standard one where no time is given; what the user fixed stays fixed.
+
+    Raises:
+        ValueError: not even the smallest plan fits.
+    """
+    needed = seeds_needed(max(1, len(run_seconds) - 1))
+    if minutes is None:
+        return plan_of(run_seconds, tuned, trials or TRIALS, seeds or max(SEEDS, needed), workers)
+    steps = {(trials or t, seeds or max(s, needed)): None for t, s in LADDER}
+    plans = [plan_of(run_seconds, tuned, t, s, workers) for t, s in steps]
+    fitting = next((plan for plan in plans if plan.seconds <= 60 * minutes), None)
+    if fitting is None:
+        raise ValueError(
+            f"{minutes:g} minutes are too few: the smallest comparison of these arms ({plans[-1].trials} trials, "
+            f"{plans[-1].seeds} seeds) takes about {plans[-1].seconds / 60:.1f}. "
+            "Give more minutes, fewer methods or a smaller budget"
+        )
+    return fitting

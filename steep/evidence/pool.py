@@ -1,0 +1,123 @@
+"""Runs jobs in worker processes of one thread each; what is in the store is not run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from loky import ProcessPoolExecutor
+from loky.process_executor import TerminatedWorkerError
+
+from steep.evidence.jobs import Job, run_job, start_worker
+from steep.evidence.source import Source, code_version
+from steep.evidence.store import Store
+from steep.evidence.study import RunRecord
+from steep.training import RunError
+
+RESTARTS = 3  # of the whole pool, when the system kills a worker (out of memory)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception of a worker, as plain values: its own pickling may fail."""
+
+    kind: str
+    message: str
+    place: str
+
+
+class Pool:
+    """Worker processes over one store; use it as a context manager.
+
+    Args:
+        workers: processes. Each has one thread: on small models two threads of one process are slower
+            than two processes.
+        advanced: called once for every job done, found in the store or run.
+    """
+
+    def __init__(self, source: Source, store: Store, workers: int, advanced: Callable[[], None] = lambda: None):
+        self.source, self.store, self.workers, self.advanced = source, store, workers, advanced
+        self._versions: dict[tuple[str, ...], str] = {}
+
+    def __enter__(self) -> Pool:
+        self._start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.executor.shutdown(wait=kind is None, kill_workers=kind is not None)
+
+    def _start(self) -> None:
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        self.executor = ProcessPoolExecutor(
+            self.workers, initializer=_start, initargs=(os.getpid(),), env=threads, timeout=None
+        )
+
+    def code(self, job: Job) -> str:
+        """Version of the code a job executes."""
+        ids = tuple(id for id, _ in job.methods)
+        if ids not in self._versions:
+            self._versions[ids] = code_version(ids)
+        return self._versions[ids]
+
+    def run(self, jobs: Sequence[Job]) -> list[RunRecord]:
+        """The jobs' records, in their order; missing ones are run, in that order as workers become free.
+
+        Raises:
+            RunError: a training raised. What has finished by then is kept.
+        """
+        keys = [job.key(self.source, self.code(job)) for job in jobs]
+        found = {key: record for key in keys if (record := self.store.get(key)) is not None}
+        for key in keys:
+            if key in found:
+                self.advanced()
+        missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
+        for restart in range(RESTARTS + 1):
+            try:
+                found |= self._run_missing({key: job for key, job in missing.items() if key not in found}, found)
+                break
+            except TerminatedWorkerError:
+                if restart == RESTARTS:
+                    raise
+                self._start()
+        return [replace(found[key], arm=job.arm, role=job.role) for key, job in zip(keys, jobs, strict=True)]
+
+    def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> dict[str, RunRecord]:
+        futures = {
+            self.executor.submit(_guarded, run_job, job, self.source, str(self.store.directory), self.code(job)): key
+            for key, job in jobs.items()
+        }
+        for future in as_completed(futures):
+            key = futures[future]
+            found[key] = self._result(future, jobs[key])
+            self.advanced()
+        return found
+
+    def _result(self, future: Future[Any], job: Job) -> Any:
+        result = future.result()
+        if isinstance(result, Failure):
+            raise RunError(f"{job.arm}, seed {job.seed}: {result.kind}: {result.message} ({result.place})")
+        return result
+
+    def apply(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Call a function in the workers; a call that raised gives a `Failure`."""
+        futures = [self.executor.submit(_guarded, function, *args) for args in arguments]
+        return [future.result() for future in futures]
+
+
+def _start(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    start_worker(parent)
+
+
+def _guarded(function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return Failure(type(error).__name__, str(error), f"{frame.filename}, line {frame.lineno}")

@@ -1,0 +1,411 @@
+"""Common checks that every method must pass: ours and anybody's.
+
+``check_method(card)`` runs them all; ``checks(card)`` yields them by name, to be parametrised over:
+
+    @pytest.mark.parametrize(("name", "check"), steep.testing.checks(my_card))
+    def test_common(name, check):
+        check()
+
+A check that fails raises `AssertionError` with a sentence that says what a user would have met. They run the method
+in a tiny recipe that offers everything a method may need: labelled images, indices, clients, a small network.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import inspect
+import io
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steep.batches import Data, dirichlet_clients, split_loaders
+from steep.card import Card, Choice, Range
+from steep.fit import Result, fit
+from steep.needs import NEEDS
+from steep.recipe import Budget, Recipe
+from steep.training import Training, accelerator
+
+STEPS = 24  # three epochs, so that memories of an earlier epoch and phases of a schedule come into play
+
+Check = Callable[[], None]
+
+
+def tiny_recipe(dtype: torch.dtype = torch.float32) -> Recipe:
+    """Three classes of 8 x 8 images (64 for training, 8 a batch), a convolution, GroupNorm, two linear layers."""
+    numbers = torch.Generator().manual_seed(0)
+    patterns = torch.randn(3, 1, 8, 8, generator=numbers)
+    labels = torch.arange(96) % 3
+    images = (patterns[labels] + torch.randn(96, 1, 8, 8, generator=numbers)).to(dtype)
+
+    def data(generator: torch.Generator) -> Data:
+        split = split_loaders(images, labels, generator, batch_size=8, val=1 / 6, test=1 / 6)
+        clients = dirichlet_clients(images, labels, generator, clients=4, alpha=1.0, batch_size=8)
+        return dataclasses.replace(split, clients=clients)
+
+    def model() -> nn.Module:
+        body = (nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        return nn.Sequential(*body, nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3)).to(dtype)
+
+    return Recipe(
+        data=data,
+        model=model,
+        loss=lambda output, target: F.cross_entropy(output, target, reduction="none"),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        budget=Budget(steps=STEPS),
+        name="tiny",
+    )
+
+
+def checks(card: Card) -> Iterator[tuple[str, Check]]:
+    """The checks that apply to a method, by name."""
+    yield from _describing(card)
+    if card.plug is not None:
+        yield from _training(card)
+    if isinstance(card.make, type) and issubclass(card.make, torch.optim.Optimizer):
+        yield from _optimizing(card)
+
+
+def check_method(card: Card) -> None:
+    """Run every check that applies; the first that fails raises `AssertionError`.
+
+    Example:
+        >>> import steep
+        >>> steep.testing.check_method(steep.card("ps-kd"))
+    """
+    for name, check in checks(card):
+        try:
+            check()
+        except Exception as error:
+            raise AssertionError(f"{card.id}: {name}: {error}") from error
+
+
+def run(card: Card, recipe: Recipe | None = None, **hyper: Any) -> Result:
+    """Train the tiny recipe with the method in it."""
+    return fit(card.apply(recipe or tiny_recipe(), **hyper), progress=False, device="cpu")
+
+
+def trajectory(result: Result) -> tuple[list[float], list[Tensor]]:
+    """Every step's loss, and the final parameters and buffers."""
+    return result.history.losses, list(result.model.state_dict().values())
+
+
+def same(a: tuple[list[float], list[Tensor]], b: tuple[list[float], list[Tensor]]) -> bool:
+    """Whether two trajectories are equal bit for bit."""
+    return a[0] == b[0] and len(a[1]) == len(b[1]) and all(map(torch.equal, a[1], b[1]))
+
+
+# ---- what a method says about itself
+
+
+def _describing(card: Card) -> Iterator[tuple[str, Check]]:
+    def documented() -> None:
+        doc = inspect.getdoc(card.make) or ""
+        assert card.summary, "has no docstring"
+        missing = [name for name in card.hyper if name not in doc]
+        assert not missing, f"its docstring does not say what {missing} are"
+        assert card.paper.link, "its paper has no link"
+
+    def tunable() -> None:
+        for name, values in card.space.items():
+            assert contains(values, card.hyper[name]), f"the default {name}={card.hyper[name]!r} is outside {values}"
+
+    yield "documented", documented
+    yield "tunable", tunable
+
+
+def contains(values: Range | Choice, value: Any) -> bool:
+    """Whether `value` is among the values to tune over."""
+    if isinstance(values, Choice):
+        return value in values.options
+    return isinstance(value, (int, float)) and values.low <= value <= values.high
+
+
+# ---- in a training
+
+
+def _training(card: Card) -> Iterator[tuple[str, Check]]:
+    def learns_something_else() -> None:
+        result, baseline = run(card), fit(tiny_recipe(), progress=False, device="cpu")
+        assert all(map(math.isfinite, result.history.losses)), "its loss is not finite on an easy problem"
+        assert not same(trajectory(result), trajectory(baseline)), "does nothing: the training is the baseline's"
+
+    def deterministic() -> None:
+        assert same(trajectory(run(card)), trajectory(run(card))), "two seeded runs differ"
+
+    def resumes_exactly() -> None:
+        for stop in (1, STEPS // 2 - 1, STEPS - 3):
+            assert same(resumed(card, stop), straight(card)), f"a run resumed at step {stop} differs"
+
+    def leaves_callers_random_numbers_alone() -> None:
+        before = torch.get_rng_state()
+        run(card)
+        assert torch.equal(before, torch.get_rng_state()), "draws from the caller's generator"
+
+    def leaks_nothing() -> None:
+        training = start(card)
+        counts = []
+        for step in range(STEPS):
+            training.advance()
+            if step >= STEPS // 2:
+                gc.collect()
+                counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+        assert min(counts[-4:]) <= max(counts[:4]), f"the number of live tensors grows: {counts}"
+
+    def every_flag_has_an_effect() -> None:
+        default = trajectory(run(card))
+        dead = [name for name in card.hyper if name not in card.neutral and not _has_effect(card, name, default)]
+        assert not dead, f"changing {dead} changes nothing (name them in Card.neutral, or give Card.variants)"
+
+    def neutral_flags_change_nothing() -> None:
+        default = run(card)
+        for name in card.neutral:
+            for value in _others(card, name):
+                other = run(card, **{name: value})
+                _assert_close(trajectory(other), trajectory(default), f"{name}={value!r} changes the result")
+
+    def refuses_bad_values() -> None:
+        for name, default in card.hyper.items():
+            if isinstance(default, bool) or not isinstance(default, (int, float)) or name == "seed":
+                continue
+            _assert_refused(card, name, math.nan)
+            _assert_refused(card, name, "a lot")
+
+    def refuses_unmet_needs() -> None:
+        for need, recipe in poorer_recipes().items():
+            if need in card.needs:
+                _assert_raises(lambda r=recipe: run(card, r), NEEDS[need].what.split(" (")[0])
+
+    def can_be_sent_to_a_worker() -> None:
+        sent = cloudpickle.loads(cloudpickle.dumps(card.apply(tiny_recipe())))
+        assert same(trajectory(fit(sent, progress=False, device="cpu")), trajectory(run(card))), "differs once pickled"
+
+    yield from {k: v for k, v in locals().items() if callable(v) and k != "card"}.items()
+
+
+def start(card: Card, recipe: Recipe | None = None, **hyper: Any) -> Training:
+    """The parts of a training with the method in it, before its first step."""
+    torch.manual_seed(0)
+    training = Training(card.apply(recipe or tiny_recipe(), **hyper), 0, 0, accelerator("cpu", "no"))
+    training.check()
+    return training
+
+
+def straight(card: Card) -> tuple[list[float], list[Tensor]]:
+    """The trajectory of an undisturbed training."""
+    with torch.random.fork_rng():
+        training = start(card)
+        for _ in range(STEPS):
+            training.advance()
+        return training.history.losses, list(training.model.state_dict().values())
+
+
+def resumed(card: Card, stop: int) -> tuple[list[float], list[Tensor]]:
+    """The trajectory of a training that was saved at step `stop`, and went on in new objects."""
+    with torch.random.fork_rng():
+        first = start(card)
+        for _ in range(stop):
+            first.advance()
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        second = start(card)
+        second.load_state_dict(state, "memory")
+        for _ in range(STEPS - stop):
+            second.advance()
+        return second.history.losses, list(second.model.state_dict().values())
+
+
+def poorer_recipes() -> dict[str, Recipe]:
+    """The tiny recipe without one thing a method may need, by the name of the need."""
+    whole = tiny_recipe()
+
+    def scalar(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+    def coupled() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def without(change: Callable[[Any], Any]) -> Callable[[torch.Generator], Data]:
+        def data(generator: torch.Generator) -> Data:
+            full = whole.data(generator)
+            loader = [change(batch) for batch in full.train]
+            return dataclasses.replace(full, train=loader, clients=())
+
+        return data
+
+    return {
+        "losses": whole.replace(loss=scalar),
+        "independent_examples": whole.replace(model=coupled),
+        "indices": whole.replace(data=without(lambda batch: batch[:2])),
+        "clients": whole.replace(data=without(lambda batch: batch)),
+        "images": whole.replace(
+            data=without(lambda batch: (batch[0].flatten(1), *batch[1:])),
+            model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+        ),
+        "classes": whole.replace(
+            data=without(lambda batch: (batch[0], batch[1].float(), batch[2])),
+            loss=lambda output, target: (output[:, 0] - target).square(),
+        ),
+    }
+
+
+def _others(card: Card, name: str) -> list[Any]:
+    """Other values of a hyper-parameter that should be allowed."""
+    default, values = card.hyper[name], card.space.get(name)
+    if name in card.variants:
+        return [card.variants[name]]
+    if isinstance(values, Choice):
+        return [v for v in values.options if v != default]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, tuple):
+        return [(default[0] / 2, *default[1:])]
+    if name == "eps":
+        return [1e-2]
+    if isinstance(default, int):
+        return [default + 1, max(1, default // 2)]
+    return [default * 0.5, default * 0.9] if default else [0.1]
+
+
+def _has_effect(card: Card, name: str, default: tuple[list[float], list[Tensor]]) -> bool:
+    for value in _others(card, name):
+        try:
+            changed = trajectory(run(card, **{name: value}))
+        except ValueError:
+            continue  # a guess outside the allowed range
+        if not same(changed, default):
+            return True
+    return False
+
+
+def _assert_refused(card: Card, name: str, value: Any) -> None:
+    _assert_raises(lambda: run(card, **{name: value}), name)
+
+
+def _assert_raises(action: Check, says: str) -> None:
+    """The action must raise a `ValueError` or `TypeError` whose message contains `says`."""
+    try:
+        action()
+    except (ValueError, TypeError) as error:
+        assert says in str(error), f"the message does not mention {says!r}: {error}"
+        return
+    raise AssertionError(f"accepts what it cannot use, where the message should mention {says!r}")
+
+
+def _assert_close(a: tuple[list[float], list[Tensor]], b: tuple[list[float], list[Tensor]], message: str) -> None:
+    for p, q in zip(a[1], b[1], strict=True):
+        assert torch.allclose(p.double(), q.double(), rtol=1e-4, atol=1e-5), message
+
+
+# ---- torch's optimizer contract
+
+
+def _optimizing(card: Card) -> Iterator[tuple[str, Check]]:
+    def built(parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
+        return card.make(parameters, **hyper)
+
+    def grads(parameters: list[Tensor], seed: int) -> None:
+        numbers = torch.Generator().manual_seed(seed)
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=numbers, dtype=torch.float32).to(p.dtype)
+
+    def some(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        numbers = torch.Generator().manual_seed(1)
+        shapes = ((), (3,), (4, 5), (2, 3, 3, 3))
+        tensors = [torch.randn(shape, generator=numbers).to(dtype) for shape in shapes]
+        return [t.requires_grad_() for t in [*tensors, torch.randn(6, 4, generator=numbers).to(dtype).t()]]
+
+    def steps(optimizer: torch.optim.Optimizer, parameters: list[Tensor], count: int, seed: int = 0) -> None:
+        for i in range(count):
+            grads(parameters, seed + i)
+            optimizer.step()
+
+    def calls_a_closure_at_once_with_gradients_on() -> None:
+        (p,) = parameters = [torch.ones(3, requires_grad=True)]
+        seen = []
+
+        def closure() -> Tensor:
+            seen.append((torch.is_grad_enabled(), p.detach().clone()))
+            p.grad = None
+            loss = p.square().sum()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            returned = built(parameters).step(closure)
+        assert seen, "does not call the closure"
+        assert seen[0][0], "calls the closure with gradients off"
+        assert torch.equal(seen[0][1], torch.ones(3)), "moves before it calls the closure"
+        assert returned is not None, "does not return the closure's loss"
+        assert float(returned) == 3.0, "does not return the closure's loss"
+
+    def skips_parameters_without_gradient() -> None:
+        parameters = some()
+        optimizer = built(parameters)
+        before = [p.detach().clone() for p in parameters]
+        optimizer.step()
+        assert all(map(torch.equal, before, parameters)), "moves parameters that have no gradient"
+        grads(parameters[:2], 0)
+        optimizer.step()
+        assert not torch.equal(before[1], parameters[1]), "does not move a parameter that has a gradient"
+        assert all(map(torch.equal, before[2:], parameters[2:])), "moves parameters that have no gradient"
+
+    def leaves_gradients_alone() -> None:
+        parameters = some()
+        optimizer = built(parameters)
+        grads(parameters, 0)
+        before = [p.grad.clone() for p in parameters if p.grad is not None]
+        optimizer.step()
+        after = [p.grad for p in parameters if p.grad is not None]
+        assert all(map(torch.equal, before, after)), "changes .grad"
+
+    def refuses_sparse_gradients() -> None:
+        p = torch.zeros(4, 2, requires_grad=True)
+        p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2))
+        try:
+            built([p]).step()
+        except RuntimeError as error:
+            assert "sparse" in str(error), f"the message does not mention sparse gradients: {error}"
+            return
+        assert not torch.equal(p, torch.zeros(4, 2)), "silently ignores sparse gradients"
+
+    def state_survives_saving() -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            parameters = some(dtype)
+            optimizer = built(parameters)
+            steps(optimizer, parameters, 6)
+            others = [p.detach().clone().requires_grad_() for p in parameters]
+            twin = built(others)
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            twin.load_state_dict(torch.load(file, weights_only=True))
+            steps(optimizer, parameters, 6, seed=6)
+            steps(twin, others, 6, seed=6)
+            assert all(map(torch.equal, parameters, others)), f"differs after saving and loading ({dtype})"
+
+    def copies_and_groups() -> None:
+        parameters = some()
+        optimizer = built([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 1e-5}])
+        steps(optimizer, parameters, 2)
+        twin = copy.deepcopy(optimizer)
+        assert repr(twin) == repr(optimizer), "its copy reads differently"
+        moved = [p.detach().clone() for p in parameters]
+        grads([p for group in twin.param_groups for p in group["params"]], 5)
+        twin.step()
+        assert all(map(torch.equal, moved, parameters)), "its deep copy moves the original's parameters"
+        moved_little = max(float((p.detach() - q).abs().max()) for p, q in zip(parameters[2:], some()[2:], strict=True))
+        assert moved_little < 1e-3, "ignores a group's own learning rate"
+
+    yield from {
+        k: v for k, v in locals().items() if inspect.isfunction(v) and k not in ("built", "grads", "some", "steps")
+    }.items()

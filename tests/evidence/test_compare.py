@@ -1,0 +1,406 @@
+"""compare end to end on small recipes: planted effects found, controls null, nothing repeated, clear refusals."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import steep
+from steep.evidence import compare as module
+from steep.evidence import tuning
+from steep.evidence.contenders import BASELINE, contender, contenders
+from steep.evidence.planning import choose, plan_of, tuning_runs
+from steep.evidence.source import RecipeError, code_version, describe, from_value, load_recipe
+from steep.evidence.store import Store, StoreError, open_store
+from steep.evidence.study import RunRecord
+
+RECIPE = """
+import torch
+from torch import nn
+import steep
+
+def data(generator):
+    x = torch.randn(120, 4, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0]) + 0.3 * torch.randn(120, generator=generator)
+    return steep.split_loaders(x, y, generator, batch_size=16)
+
+recipe = steep.Recipe(
+    data=data,
+    model=lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+    loss=lambda output, target: (output.squeeze(-1) - target).square(),
+    optimizer=lambda p: torch.optim.SGD(p, lr=0.01),
+    budget=steep.Budget(steps=30),
+    name="planted",
+)
+number = 3
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "planted.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def quick(recipe, methods, out, **changes):
+    return steep.compare(recipe, methods, out=out, **{"workers": 2, "trials": 1, "progress": False} | changes)
+
+
+def doubled_rate(recipe):
+    """A planted improvement: the recipe's learning rate is far too small."""
+    return recipe.replace(optimizer=lambda p: torch.optim.SGD(p, lr=0.03))
+
+
+def nothing(recipe):
+    """A method that does nothing."""
+    return recipe
+
+
+def exploding(recipe):
+    """A method that diverges."""
+    return recipe.replace(optimizer=lambda p: torch.optim.SGD(p, lr=1e9))
+
+
+def halved(recipe):
+    """A planted harm: targets are scaled, but held-out data are scored by the recipe's own loss."""
+    return recipe.replace(loss=lambda o, t: (o.squeeze(-1) - 0.2 * t).square())
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """One study of planted effects, shared by the tests that read it."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.py").write_text(RECIPE)
+    recipe = load_recipe(f"{folder / 'planted.py'}:recipe")
+    return quick(recipe, [doubled_rate, nothing, exploding, halved, "adabelief"], folder / "store"), folder / "store"
+
+
+def arm(study, name):
+    return next(a for a in study.arms if a.name == name)
+
+
+def test_planted_effects_are_found_and_signed(planted):
+    study, _ = planted
+    assert arm(study, "doubled_rate").scores["loss"].verdict == "helps"
+    assert arm(study, "halved").scores["loss"].verdict == "hurts"
+    assert arm(study, "halved").scores["loss"].high < 0 < arm(study, "doubled_rate").scores["loss"].low
+    assert arm(study, "nothing").scores["loss"].verdict == "no evidence"
+    assert arm(study, "nothing").did_nothing
+    assert not arm(study, "doubled_rate").did_nothing
+
+
+def test_the_control_is_there_and_differs_from_the_baseline(planted):
+    study, _ = planted
+    twin = study.arms[-1]
+    assert twin.name == "A/A"
+    assert [r.split_seed for r in twin.runs] == list(study.seeds)
+    assert all(d != 0 for d in twin.scores["loss"].differences)
+    assert not set(study.seeds) & {r.seed for r in twin.runs}
+
+
+def test_a_diverging_method_is_censored_not_dropped(planted):
+    study, _ = planted
+    lost = arm(study, "exploding")
+    assert {r.outcome for r in lost.runs} == {"diverged"}
+    assert len(lost.scores["loss"].differences) == len(study.seeds)
+    assert lost.scores["loss"].verdict == "hurts"
+    assert any("exploding: 8 of 8 runs diverged" in w for w in study.warnings)
+
+
+def test_pairs_share_split_initialisation_and_first_batch(planted):
+    study, _ = planted
+    a, b = study.arms[0].runs, arm(study, "halved").runs
+    assert [r.seed for r in a] == [r.seed for r in b] == list(study.seeds)
+    assert all(r.seed < tuning.FIRST_SEED for r in a)
+    same = arm(study, "nothing").runs
+    assert [r.digest for r in a] == [r.digest for r in same]
+
+
+def test_the_study_on_disk_is_the_study(planted):
+    study, out = planted
+    again = Store(out).study()
+    assert again.arms[1].scores.keys() == study.arms[1].scores.keys()
+    assert again.arms[1].scores["loss"].p == study.arms[1].scores["loss"].p
+    assert again.arms[1].runs[0].test == study.arms[1].runs[0].test
+    assert (out / "report.html").exists()
+    assert len(Store(out).records()) == len(list((out / "runs").glob("*.json")))
+
+
+def test_finished_runs_are_never_repeated(recipe_file, tmp_path):
+    out, name = tmp_path / "out", f"{recipe_file}:recipe"
+    first = quick(name, ["adabelief"], out, seeds=2)
+    files = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
+    second = quick(name, ["adabelief"], out, seeds=3)
+    after = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
+    assert {p: t for p, t in after.items() if p in files} == files
+    assert first.arms[0].runs[0].digest == second.arms[0].runs[0].digest
+    assert len(after) > len(files)
+
+
+def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
+    """Killed again and again, the same command ends with the table of an undisturbed run, and no orphan works on."""
+    script = tmp_path / "study.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import steep
+            steep.compare({str(recipe_file) + ":recipe"!r}, ["adabelief"], seeds=3, trials=4, workers=2,
+                          out=r"{tmp_path / "killed"}", progress=False)
+        """)
+    )
+    for patience in (4.0, 5.0, 6.0):
+        process = subprocess.Popen([sys.executable, script], start_new_session=True)
+        time.sleep(patience)
+        process.kill()
+        process.wait()
+        runs = tmp_path / "killed" / "runs"
+        for path in runs.glob("*.json") if runs.exists() else ():
+            json.loads(path.read_text())
+    subprocess.run([sys.executable, script], check=True, timeout=300)
+    whole = quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "whole", seeds=3, trials=4)
+    killed = Store(tmp_path / "killed").study()
+    for a, b in zip(killed.arms, whole.arms, strict=True):
+        assert a.hyper == b.hyper
+        assert [r.digest for r in a.runs] == [r.digest for r in b.runs]
+        assert {k: list(c.differences) for k, c in a.scores.items()} == {
+            k: list(c.differences) for k, c in b.scores.items()
+        }
+
+
+def test_ctrl_c_keeps_what_is_finished(recipe_file, tmp_path):
+    command = [sys.executable, "-m", "steep", "compare", f"{recipe_file}:recipe", "--methods", "adabelief"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list(tmp_path.glob("out/runs/*.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "finished trainings are kept" in message
+    assert list(tmp_path.glob("out/runs/*.json"))
+
+
+def test_fewer_than_six_seeds_give_numbers_but_no_verdict(recipe_file, tmp_path):
+    study = quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "out", seeds=5)
+    found = arm(study, "adabelief").scores["loss"]
+    assert found.verdict == "too few seeds"
+    assert math.isfinite(found.estimate)
+
+
+def test_methods_with_fixed_hyper_parameters_and_joined_methods():
+    fixed = contender(("adabelief", {"lr": 0.5}))
+    assert "lr" not in fixed.space
+    assert fixed.settings({})[0] == (("adabelief", {"lr": 0.5}),)
+    joined = contender("adabelief+ps-kd")
+    assert {"adabelief.lr", "ps-kd.alpha_T"} <= set(joined.space)
+    methods, lr_scale = joined.settings({"adabelief.lr": 0.3, "ps-kd.alpha_T": 0.7})
+    assert dict(methods)["adabelief"]["lr"] == 0.3
+    assert dict(methods)["ps-kd"] == {"alpha_T": 0.7}
+    assert lr_scale == 1.0
+    assert contender("ps-kd").space.keys() == {"alpha_T", "lr_scale"}
+
+
+def test_an_arm_given_twice(regression):
+    with pytest.raises(ValueError, match="'adabelief' is given twice"):
+        contenders(regression, ["adabelief", "adabelief"])
+
+
+def test_all_takes_what_fits_and_says_why_the_rest_does_not(recipe_file, tmp_path):
+    study = quick(f"{recipe_file}:recipe", "all", tmp_path / "out", seeds=1)
+    names = {a.name for a in study.arms}
+    assert {BASELINE, "adamw", "adabelief", "A/A"} <= names
+    assert "class labels" in study.left_out["ps-kd"]
+    assert "images" in study.left_out["efficienttrain"]
+    assert "clients" in study.left_out["fedspeed"]
+
+
+def test_two_compares_on_one_store_at_once(recipe_file, tmp_path):
+    with Store(tmp_path / "out").lock(), pytest.raises(StoreError, match="another compare is using the store"):
+        quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "out")
+
+
+def test_stores_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file: give a directory"):
+        Store(tmp_path / "file")
+    with pytest.raises(StoreError, match="no store at"):
+        open_store(tmp_path / "absent")
+    with pytest.raises(StoreError, match="no finished comparison"):
+        Store(tmp_path / "new").study()
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(StoreError, match="cannot be written to: Permission denied"):
+        Store(tmp_path / "locked")
+
+
+def test_a_store_of_a_newer_version_and_a_damaged_run(tmp_path):
+    store = Store(tmp_path)
+    store.run_path("new").write_text(json.dumps({"format": 99}))
+    with pytest.raises(StoreError, match="written by a newer steep"):
+        store.get("new")
+    store.run_path("cut").write_text('{"form')
+    with pytest.raises(StoreError, match=r"cut\.json is damaged .*delete it"):
+        store.get("cut")
+
+
+def test_a_full_disk_while_a_run_is_kept_leaves_no_half_file(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    record = RunRecord("key", "a", "confirm", (), 1.0, 0, 0, {}, "finished")
+    with pytest.raises(OSError, match="No space left"):
+        store.put(record)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (None, "recipe", "no recipe file at"),
+        ("x = 1", "recipe", r"has no recipe 'recipe'; there is: nothing"),
+        (RECIPE, "recpe", r"has no recipe 'recpe'; did you mean 'recipe'"),
+        (RECIPE, "number", "is a int, not a steep.Recipe"),
+        ("1 / 0", "recipe", r"raised ZeroDivisionError while it was imported: division by zero \(.*bad\.py, line 1\)"),
+        ("import nowhere_at_all", "recipe", "raised ModuleNotFoundError"),
+    ],
+)
+def test_recipe_files_that_cannot_be_loaded(tmp_path, text, name, message):
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(f"{path}:{name}")
+
+
+def test_recipe_names_that_do_not_exist():
+    with pytest.raises(steep.UnknownName, match="unknown task 'digts'; did you mean 'digits'"):
+        load_recipe("digts")
+    with pytest.raises(steep.UnknownName, match=r"FILE\.py:NAME"):
+        load_recipe("mine.py")
+    with pytest.raises(RecipeError, match=r"no module 'not_a_package\.sub'"):
+        load_recipe("not_a_package.sub:recipe")
+
+
+def test_a_module_path_and_a_function_that_returns_a_recipe(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(RECIPE + "\ndef build():\n    return recipe\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_recipe("my_module:recipe").name == load_recipe("my_module:build").name == "planted"
+
+
+def test_a_recipe_that_cannot_be_sent_to_a_worker(regression):
+    lock = threading.Lock()
+    with pytest.raises(RecipeError, match="cannot be sent to a worker"):
+        from_value(regression.replace(picture=lambda model: lock), {})
+
+
+def test_functions_need_the_recipe_itself(tmp_path):
+    with pytest.raises(ValueError, match="need the recipe itself"):
+        steep.compare("digits", [nothing], out=tmp_path)
+
+
+def test_scores_that_do_not_exist(recipe_file, tmp_path):
+    with pytest.raises(ValueError, match="score='accuracy' is not among this recipe's scores: loss"):
+        quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path, score="accuracy")
+
+
+def test_a_method_that_does_not_fit_is_refused_by_name(recipe_file, tmp_path):
+    with pytest.raises(steep.UnmetNeed, match="ps-kd: PSKD needs class labels"):
+        quick(f"{recipe_file}:recipe", ["ps-kd"], tmp_path / "a")
+    with pytest.raises(ValueError, match=r"adabelief: .*lr=-1"):
+        quick(f"{recipe_file}:recipe", [("adabelief", {"lr": -1.0})], tmp_path / "b")
+
+
+def test_descriptions_tell_recipes_apart(regression):
+    assert describe(regression) == describe(regression.replace())
+    assert describe(regression) != describe(regression.replace(budget=steep.Budget(epochs=5)))
+    rates = [regression.replace(optimizer=lambda p, lr=lr: torch.optim.SGD(p, lr=lr)) for lr in (0.1, 0.2)]
+    assert describe(rates[0]) != describe(rates[1])
+
+
+def test_code_versions_depend_on_the_methods_own_file_only():
+    assert code_version(["ps-kd"]) == code_version(["ps-kd"])
+    assert code_version(["ps-kd"]) != code_version(["adabelief"]) != code_version([])
+
+
+# ---- tuning and planning
+
+
+def test_tuning_starts_with_the_defaults_and_is_the_same_again(tmp_path):
+    arm_ = contender("adabelief")
+    study = tuning.open_study(tmp_path, arm_, "context")
+    first = tuning.proposals(study, arm_, 8)
+    assert first[0] == {name: arm_.defaults()[name] for name in first[0]}
+    assert len({tuple(p.values()) for p in first}) == 8
+    tuning.tell(study, [1.0, math.inf, *range(6)])
+    assert [t.state.name for t in study.trials][:3] == ["COMPLETE", "FAIL", "COMPLETE"]
+    again = tuning.proposals(tuning.open_study(tmp_path, arm_, "context"), arm_, 8)
+    assert again == first
+    (tmp_path / "other").mkdir()
+    fresh = tuning.proposals(tuning.open_study(tmp_path / "other", arm_, "context"), arm_, 8)
+    assert fresh == first
+    assert tuning.proposals(study, arm_, 12)[:8] == first
+    for proposal in first:
+        for name, value in proposal.items():
+            assert arm_.space[name].low <= value <= arm_.space[name].high
+
+
+def test_the_best_trial_is_best_on_average_over_the_finalists_seeds():
+    assert tuning.finalists([3.0, 1.0, 2.0, math.inf], 8) == [1, 2]
+    assert tuning.finalists([3.0, 1.0], 4) == []
+    assert tuning.best([3.0, 1.0, 2.0], {}) == 1
+    assert tuning.best([3.0, 1.0, 2.0], {1: [5.0, 5.0], 2: [2.0, 2.0]}) == 2
+
+
+def test_costs_are_signed_and_diverged_runs_cost_infinitely():
+    run = RunRecord("k", "a", "tune", (), 1.0, 0, 0, {}, "finished", val={"loss": 2.0, "accuracy": 0.9})
+    assert tuning.cost(run, "loss", False) == 2.0
+    assert tuning.cost(run, "accuracy", True) == -0.9
+    assert tuning.cost(RunRecord("k", "a", "tune", (), 1.0, 0, 0, {}, "diverged"), "loss", False) == math.inf
+
+
+def test_plans_fit_the_time_or_are_refused():
+    seconds, tuned = {"baseline": 1.0, "adamw": 1.0, "sven": 3.0}, dict.fromkeys(("baseline", "adamw", "sven"), True)
+    assert tuning_runs(8) == 12
+    assert tuning_runs(4) == 4
+    standard = choose(seconds, tuned, 1, minutes=None, trials=None, seeds=None)
+    assert (standard.trials, standard.seeds) == (8, 8)
+    assert standard.seconds == pytest.approx(12 * 5 + 8 * (5 + 1 + 1))
+    assert choose(seconds, tuned, 2, minutes=None, trials=None, seeds=None).seconds == standard.seconds / 2
+    small = choose(seconds, tuned, 1, minutes=1.2, trials=None, seeds=None)
+    assert small.seconds <= 72
+    assert (small.trials, small.seeds) < (8, 8)
+    large = choose(seconds, tuned, 1, minutes=60, trials=None, seeds=None)
+    assert (large.trials, large.seeds) == (16, 16)
+    assert choose(seconds, tuned, 1, minutes=60, trials=3, seeds=None).trials == 3
+    with pytest.raises(ValueError, match=r"0\.1 minutes are too few: .*takes about"):
+        choose(seconds, tuned, 1, minutes=0.1, trials=None, seeds=None)
+
+
+def test_many_methods_get_more_seeds_because_fewer_could_show_nothing():
+    many = {f"m{i}": 1.0 for i in range(12)}
+    plan = choose(many, dict.fromkeys(many, True), 1, minutes=None, trials=None, seeds=None)
+    assert 2 / 2**plan.seeds * 11 <= 0.05 < 2 / 2 ** (plan.seeds - 1) * 11
+
+
+def test_plans_say_what_they_could_show():
+    plan = plan_of({"baseline": 1.0, "m": 1.0}, {"baseline": True, "m": True}, 8, 8, 1)
+    assert 1.0 < plan.effect < 1.5  # about 1.2 standard deviations at 8 pairs
+    text = module._announcement(plan, [contender("adabelief")], {"x": "why"}, 2)
+    assert "standard deviations" in text
+    assert "Left out: x: why" in text
+    assert "no verdict" in module._announcement(plan_of({"b": 1.0}, {"b": True}, 8, 3, 1), [], {}, 1)

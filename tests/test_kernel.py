@@ -1,0 +1,303 @@
+"""Cards, recipes, batches, streams, files and measures: the small pieces everything stands on."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import steep
+from steep.batches import Batch, count_examples
+from steep.card import ROOMS, Card, Paper, card, cards
+from steep.files import write_atomic
+from steep.measure import Stopwatch
+from steep.randomness import Stream, stream_seed
+from steep.scoring import evaluating, score
+
+
+class Optimizer:
+    """A thing.
+
+    More.
+    """
+
+    def __init__(self, parameters, *, lr=0.1, name="x", flag=False):
+        pass
+
+
+def make_card(**changes):
+    values = {"id": "thing", "paper": Paper("A thing", arxiv="1234.56789"), "changes": "optim", "make": Optimizer}
+    return Card(**values | changes)
+
+
+# ---- cards
+
+
+def test_a_card_reads_its_hyper_parameters_and_summary_from_the_code():
+    c = make_card()
+    assert c.hyper == {"lr": 0.1, "name": "x", "flag": False}
+    assert c.summary == "A thing."
+    assert c.paper.link == "https://arxiv.org/abs/1234.56789"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"needs": {"gpu"}}, r"unknown needs \['gpu'\]"),
+        ({"changes": "kitchen"}, "not a room"),
+        ({"space": {"momentum": steep.uniform(0, 1)}}, r"space names \['momentum'\]"),
+    ],
+)
+def test_cards_that_contradict_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_card(**changes)
+
+
+@pytest.mark.parametrize(
+    ("hyper", "message"),
+    [
+        ({"lrr": 1.0}, r"no hyper-parameter 'lrr'; did you mean 'lr'"),
+        ({"lr": "high"}, r"lr='high' must be of type float"),
+        ({"lr": True}, "lr=True must be of type float"),
+        ({"flag": 1}, "flag=1 must be of type bool"),
+        ({"name": 3}, "name=3 must be of type str"),
+    ],
+)
+def test_hyper_parameters_are_checked_before_anything_runs(regression, hyper, message):
+    plugged = make_card(plug=lambda recipe, **h: recipe)
+    plugged.apply(regression, lr=1)
+    with pytest.raises(TypeError, match=message):
+        plugged.apply(regression, **hyper)
+
+
+def test_a_card_without_a_plug_is_no_arm(regression):
+    with pytest.raises(TypeError, match="used on its own"):
+        make_card().apply(regression)
+
+
+def test_every_method_file_holds_a_card_of_its_name():
+    rooms = [os.path.join(os.path.dirname(steep.__file__), room) for room in ROOMS]
+    files = {
+        f[:-3] for room in rooms if os.path.isdir(room) for f in os.listdir(room) if f.endswith(".py") and f[0] != "_"
+    }
+    assert files <= {id.replace("-", "_") for id in cards()}
+
+
+def test_unknown_methods_and_tasks_name_the_nearest():
+    with pytest.raises(steep.UnknownName, match="unknown method 'adabeleif'; did you mean 'adabelief'") as error:
+        card("adabeleif")
+    assert str(error.value).startswith("unknown method")  # not KeyError's quoted repr
+    with pytest.raises(steep.UnknownName, match="did you mean 'digits'"):
+        steep.task("digit")
+
+
+def test_applying_a_method_pins_the_score_to_the_recipes_own_loss(regression):
+    plugged = make_card(plug=lambda recipe, **h: recipe.replace(loss=lambda o, t: 0 * o.squeeze(-1) + 7))
+    result = steep.fit(plugged.apply(regression), progress=False)
+    assert set(result.history.losses) == {7.0}
+    assert result.test["loss"] != 7.0
+
+
+# ---- recipes
+
+
+def test_compose_refuses_two_that_replace_the_same_noun(regression):
+    one = make_card(plug=lambda recipe, **h: recipe.replace(name=recipe.name + "1"))
+    two = make_card(id="other", plug=lambda recipe, **h: recipe.replace(name=recipe.name + "2"))
+    with pytest.raises(ValueError, match="'thing' and 'other' both replace the recipe's optim"):
+        steep.compose(regression, [(one, {}), (two, {})])
+    wrapping = make_card(id="other", wraps=True, plug=two.plug)
+    assert steep.compose(regression, [(one, {}), (wrapping, {})]).name == "regression12"
+
+
+def test_late_parts_see_the_run_and_are_stepped_and_saved(regression, tmp_path):
+    class Counting:
+        def __init__(self, total):
+            self.total, self.count = total, 0
+
+        def step(self):
+            self.count += 1
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    made = []
+
+    def build(run):
+        made.append(run.attach(Counting(run.total_steps)))
+        return regression.model()
+
+    recipe = regression.replace(model=steep.late(build))
+    steep.fit(recipe, checkpoint=tmp_path / "c.pt", progress=False)
+    assert (made[0].total, made[0].count) == (20, 20)
+    steep.fit(recipe, checkpoint=tmp_path / "c.pt", progress=False)
+    assert made[1].count == 20
+
+
+def test_a_loss_module_starts_afresh_in_every_run(regression):
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, output, target):
+            self.calls += 1
+            return (output.squeeze(-1) - target).square() + self.calls
+
+    recipe = regression.replace(loss=Counting(), score=regression.loss)
+    first, second = (steep.fit(recipe, progress=False) for _ in range(2))
+    assert first.history.losses == second.history.losses
+
+
+def test_evaluation_weights_are_used_for_scores_and_put_back(regression):
+    from contextlib import contextmanager
+
+    class Zeroed(torch.optim.SGD):
+        @contextmanager
+        def eval_weights(self):
+            kept = [p.detach().clone() for p in self.param_groups[0]["params"]]
+            for p in self.param_groups[0]["params"]:
+                p.detach().zero_()
+            yield
+            for p, value in zip(self.param_groups[0]["params"], kept, strict=True):
+                p.detach().copy_(value)
+
+    recipe = regression.replace(optimizer=lambda p: Zeroed(p, lr=0.1), scheduler=None)
+    result = steep.fit(recipe, progress=False)
+    plain = steep.fit(
+        regression.replace(optimizer=lambda p: torch.optim.SGD(p, lr=0.1), scheduler=None), progress=False
+    )
+    assert result.history.losses == plain.history.losses
+    assert len({e["loss"] for e in result.history.evaluations}) == 1  # a model of zeros never changes
+
+
+# ---- batches
+
+
+def test_split_loaders_divide_everything_once():
+    x = torch.arange(50.0).unsqueeze(1)
+    data = steep.split_loaders(x, x.squeeze(1), torch.Generator().manual_seed(0), batch_size=7)
+    parts = [torch.cat([b[0] for b in loader]).squeeze(1) for loader in (data.train, data.val, data.test)]
+    assert [len(p) for p in parts] == [30, 10, 10]
+    assert torch.equal(torch.cat(parts).sort().values, x.squeeze(1))
+    assert data.num_examples == 30
+
+
+def test_loader_indices_name_the_example():
+    x = torch.randn(20, 2)
+    for batch in steep.tensor_loader(x, torch.zeros(20), 6, shuffle=True):
+        assert torch.equal(batch[0], x[batch[2]])
+
+
+def test_indexed_adds_the_index():
+    plain = torch.utils.data.TensorDataset(torch.arange(5.0), torch.arange(5.0) * 2)
+    assert steep.Indexed(plain)[3] == (torch.tensor(3.0), torch.tensor(6.0), 3)
+    assert len(steep.Indexed(plain)) == 5
+
+
+def test_examples_are_counted_without_a_dataset_too():
+    assert count_examples([(torch.zeros(3, 1), torch.zeros(3)), (torch.zeros(2, 1), torch.zeros(2))]) == 5
+
+
+@pytest.mark.parametrize("alpha", [0.1, 100.0])
+def test_dirichlet_clients_divide_everything_once(alpha):
+    y = torch.arange(200) % 4
+    x = torch.arange(200.0).unsqueeze(1)
+    clients = steep.dirichlet_clients(x, y, torch.Generator().manual_seed(1), clients=8, alpha=alpha, batch_size=5)
+    seen = torch.cat([b[0] for loader in clients for b in loader]).squeeze(1)
+    assert torch.equal(seen.sort().values, x.squeeze(1))
+    assert min(count_examples(c) for c in clients) >= 2
+    shares = [torch.cat([b[1] for b in c]).bincount(minlength=4) / count_examples(c) for c in clients]
+    skew = torch.stack([s.max() for s in shares]).mean()
+    assert skew > 0.6 if alpha < 1 else skew < 0.45
+
+
+def test_dirichlet_clients_refuse_what_cannot_be():
+    with pytest.raises(ValueError, match="alpha=0"):
+        steep.dirichlet_clients(torch.zeros(9, 1), torch.zeros(9).long(), None, clients=2, alpha=0, batch_size=1)
+    with pytest.raises(ValueError, match="9 examples cannot give 5 clients 2 each"):
+        steep.dirichlet_clients(torch.zeros(9, 1), torch.zeros(9).long(), None, clients=5, alpha=1, batch_size=1)
+
+
+# ---- streams, scores, files, measures
+
+
+def test_streams_are_independent_of_each_other_and_of_the_caller():
+    a, b = Stream(0, "a"), Stream(0, "b")
+    with a.active():
+        first = torch.rand(3)
+    with b.active():
+        torch.rand(100)
+    with a.active():
+        second = torch.rand(3)
+    whole = torch.rand(6, generator=torch.Generator().manual_seed(stream_seed(0, "a")))
+    assert torch.equal(torch.cat([first, second])[:3], whole[:3])
+    assert not torch.equal(first, second)
+    assert stream_seed(0, "a") != stream_seed(0, "b") != stream_seed(1, "b")
+
+
+def test_scores_are_means_over_examples_not_over_batches():
+    model = nn.Identity()
+    loader = [Batch(torch.ones(3, 1), torch.zeros(3)), Batch(torch.full((1, 1), 5.0), torch.zeros(1))]
+    found = score(model, loader, lambda o, t: o.squeeze(1), None, torch.device("cpu"))
+    assert found["loss"] == pytest.approx((3 * 1 + 5) / 4)
+    with pytest.raises(ValueError, match="empty"):
+        score(model, [], lambda o, t: o, None, torch.device("cpu"))
+
+
+def test_evaluating_restores_each_modules_own_mode():
+    model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2).eval())
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_atomic_writes_leave_the_old_file_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "file.txt"
+    write_atomic(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+def test_a_file_size_limit_like_a_full_disk_leaves_the_old_checkpoint(regression, tmp_path):
+    path = tmp_path / "run.pt"
+    steep.fit(regression, checkpoint=path, progress=False)
+    kept = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match="File too large"):
+            steep.checkpoint.save(path, {"big": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == kept
+
+
+def test_a_stopwatch_leaves_pauses_out():
+    watch = Stopwatch(10.0, 5.0)
+    watch.start()
+    with watch.pause():
+        time.sleep(0.2)
+        paused = watch.read()
+    assert paused[0] < 10.1
+    assert watch.read()[0] < 10.15
+    assert watch.read()[1] >= 5.0
+
+
+def test_importing_steep_is_cheap_and_leaves_optuna_alone():
+    code = "import sys, steep; assert not {'optuna', 'plotly', 'sklearn', 'scipy.stats'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
