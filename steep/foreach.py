@@ -30,9 +30,10 @@ from torch.optim import Optimizer
 
 Row = tuple[Tensor, ...]  # a parameter, its gradient, its state
 Scalars = Callable[[int], Mapping[str, Any]]
-Scratch = dict[Any, tuple[tuple[torch.Size, ...], Tensor, Sequence[Tensor]]]
+Scratch = dict[Any, Any]
 
 GRAD = 1  # the place of the gradient in a row; never written
+BUCKET = 2**20
 ALONE = 2**16  # elements from which on a tensor is worth calls of its own
 
 
@@ -70,8 +71,9 @@ def sweep(
     Raises:
         RuntimeError: a sparse gradient, a complex parameter, or no compiler.
     """
+    bound = cache(lambda t, device: _bind(update, scalars(t), group, device))
     for t, _, flats in _buckets(optimizer, group, params, names):
-        run = _bind(update, scalars(t), group, flats[0].device)
+        run = bound(t, flats[0].device)
         for piece in _pieces(flats, 0, _piece_size(group, flats[0].device)):
             run(*piece)
 
@@ -91,9 +93,10 @@ def sweep_rows(
         params: of at least two dimensions; the first one counts rows.
         per_tensor: further state, 0-d, of which `decide` is given (k,).
     """
+    bound = cache(lambda t, device: [_bind(stage, scalars(t), group, device) for stage in rule])
     for t, bucket, flats in _buckets(optimizer, group, params, names, per_tensor, alike=True):
         stacks = [flat.view(len(bucket), bucket[0][0].shape[0], -1) for flat in flats[: len(names) + 2]]
-        measure, decide, apply = (_bind(stage, scalars(t), group, flats[0].device) for stage in rule)
+        measure, decide, apply = bound(t, flats[0].device)
         rows = max(1, _piece_size(group, flats[0].device) // (len(bucket) * stacks[0].shape[2]))
         numbers = torch.cat([measure(*piece) for piece in _pieces(stacks, 1, rows)], 1)
         decided = decide(numbers, stacks[0], *flats[len(names) + 2 :])
@@ -123,10 +126,10 @@ def _buckets(
     scratch: Scratch = vars(optimizer).setdefault("_scratch", {})  # a cache: neither in state_dict nor in copies
     for t, rows in _gather(optimizer, group["params"] if params is None else params, names, per_tensor, alike):
         p = rows[0][0]
-        size = 0 if group["foreach"] is False else min(2**20, _piece_size(group, p.device))
+        size = 0 if group["foreach"] is False else min(BUCKET, _piece_size(group, p.device))
         for i, bucket in enumerate(_join(rows, size)):
             place = (id(group), i, p.device, p.dtype, p.shape if alike else None)
-            flats, copied = _flatten(bucket, working_dtype(p.dtype), scratch, place)
+            flats, copied = _flatten(bucket, working_dtype(p.dtype), max(size, p.numel()), scratch, place)
             yield t, bucket, flats
             for tensors, parts in copied:
                 torch._foreach_copy_(tensors, parts)
@@ -193,14 +196,14 @@ def _join(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 
 def _flatten(
-    bucket: list[Row], dtype: torch.dtype, scratch: Scratch, place: tuple[Any, ...]
+    bucket: list[Row], dtype: torch.dtype, size: int, scratch: Scratch, place: tuple[Any, ...]
 ) -> tuple[list[Tensor], list[tuple[tuple[Tensor, ...], Sequence[Tensor]]]]:
     """The columns of a bucket, each as one vector, and what must be copied back: (tensors, parts of the vector)."""
     flats, copied = [], []
     for c, tensors in enumerate(zip(*bucket, strict=True)):
         flat = _end_to_end(tensors, dtype)
         if flat is None:
-            flat, parts = _copy(tensors, dtype, scratch if len(bucket) > 1 else {}, (*place, c))
+            flat, parts = _copy(tensors, dtype, size, scratch if len(bucket) > 1 else {}, (c, *place))
             if c != GRAD:
                 copied.append((tensors, parts))
         flats.append(flat)
@@ -221,14 +224,17 @@ def _end_to_end(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | Non
 
 
 def _copy(
-    tensors: tuple[Tensor, ...], dtype: torch.dtype, scratch: Scratch, key: tuple[Any, ...]
+    tensors: tuple[Tensor, ...], dtype: torch.dtype, size: int, scratch: Scratch, place: tuple[Any, ...]
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The tensors copied into one vector, and its parts in their shapes; the memory is that of the last time."""
+    """The tensors copied into one vector, and its parts in their shapes; all buckets use the same memory in turn."""
     shapes = tuple([t.shape for t in tensors])
-    if key not in scratch or scratch[key][0] != shapes:
-        flat = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=dtype)
-        scratch[key] = (shapes, flat, _unflatten_dense_tensors(flat, tensors))
-    _, flat, parts = scratch[key]
+    if place not in scratch or scratch[place][0] != shapes:
+        memory = (place[0], tensors[0].device, dtype)
+        if memory not in scratch:
+            scratch[memory] = tensors[0].new_empty(size, dtype=dtype)
+        flat = scratch[memory][: sum(t.numel() for t in tensors)]
+        scratch[place] = shapes, flat, _unflatten_dense_tensors(flat, tensors)
+    _, flat, parts = scratch[place]
     torch._foreach_copy_(parts, tensors)
     return flat, parts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,6 +52,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            _return_free_memory()
             self._reset_high_water_mark()
             self.before = self._status("VmRSS") or 0
 
@@ -72,3 +74,9 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device) - self.before
         peak = self._status("VmHWM")
         return max(0, peak - self.before) if peak is not None else None
+
+
+def _return_free_memory() -> None:
+    """Have glibc give freed memory back: what an earlier training left would hide what this one needs."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

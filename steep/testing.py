@@ -12,8 +12,8 @@ in a tiny recipe that offers everything a method may need: labelled images, indi
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import gc
 import inspect
 import io
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steep import optimizer_contract
 from steep.batches import Data, dirichlet_clients, split_loaders
 from steep.card import Card, Choice, Range
 from steep.fit import Result, fit
@@ -66,11 +67,11 @@ def tiny_recipe(dtype: torch.dtype = torch.float32) -> Recipe:
 
 def checks(card: Card) -> Iterator[tuple[str, Check]]:
     """The checks that apply to a method, by name."""
-    yield from _describing(card)
-    if card.plug is not None:
-        yield from _training(card)
+    wanted = [*DESCRIBING, *(TRAINING if card.plug else ())]
     if isinstance(card.make, type) and issubclass(card.make, torch.optim.Optimizer):
-        yield from _optimizing(card)
+        wanted += optimizer_contract.CHECKS
+    for check in wanted:
+        yield check.__name__, functools.partial(check, card)
 
 
 def check_method(card: Card) -> None:
@@ -105,20 +106,17 @@ def same(a: tuple[list[float], list[Tensor]], b: tuple[list[float], list[Tensor]
 # ---- what a method says about itself
 
 
-def _describing(card: Card) -> Iterator[tuple[str, Check]]:
-    def documented() -> None:
-        doc = inspect.getdoc(card.make) or ""
-        assert card.summary, "has no docstring"
-        missing = [name for name in card.hyper if name not in doc]
-        assert not missing, f"its docstring does not say what {missing} are"
-        assert card.paper.link, "its paper has no link"
+def documented(card: Card) -> None:
+    doc = inspect.getdoc(card.make) or ""
+    assert card.summary, "has no docstring"
+    missing = [name for name in card.hyper if name not in doc]
+    assert not missing, f"its docstring does not say what {missing} are"
+    assert card.paper.link, "its paper has no link"
 
-    def tunable() -> None:
-        for name, values in card.space.items():
-            assert contains(values, card.hyper[name]), f"the default {name}={card.hyper[name]!r} is outside {values}"
 
-    yield "documented", documented
-    yield "tunable", tunable
+def tunable(card: Card) -> None:
+    for name, values in card.space.items():
+        assert contains(values, card.hyper[name]), f"the default {name}={card.hyper[name]!r} is outside {values}"
 
 
 def contains(values: Range | Choice, value: Any) -> bool:
@@ -131,63 +129,69 @@ def contains(values: Range | Choice, value: Any) -> bool:
 # ---- in a training
 
 
-def _training(card: Card) -> Iterator[tuple[str, Check]]:
-    def learns_something_else() -> None:
-        result, baseline = run(card), fit(tiny_recipe(), progress=False, device="cpu")
-        assert all(map(math.isfinite, result.history.losses)), "its loss is not finite on an easy problem"
-        assert not same(trajectory(result), trajectory(baseline)), "does nothing: the training is the baseline's"
+def learns_something_else(card: Card) -> None:
+    result, baseline = run(card), fit(tiny_recipe(), progress=False, device="cpu")
+    assert all(map(math.isfinite, result.history.losses)), "its loss is not finite on an easy problem"
+    assert not same(trajectory(result), trajectory(baseline)), "does nothing: the training is the baseline's"
 
-    def deterministic() -> None:
-        assert same(trajectory(run(card)), trajectory(run(card))), "two seeded runs differ"
 
-    def resumes_exactly() -> None:
-        for stop in (1, STEPS // 2 - 1, STEPS - 3):
-            assert same(resumed(card, stop), straight(card)), f"a run resumed at step {stop} differs"
+def deterministic(card: Card) -> None:
+    assert same(trajectory(run(card)), trajectory(run(card))), "two seeded runs differ"
 
-    def leaves_callers_random_numbers_alone() -> None:
-        before = torch.get_rng_state()
-        run(card)
-        assert torch.equal(before, torch.get_rng_state()), "draws from the caller's generator"
 
-    def leaks_nothing() -> None:
-        training = start(card)
-        counts = []
-        for step in range(STEPS):
-            training.advance()
-            if step >= STEPS // 2:
-                gc.collect()
-                counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
-        assert min(counts[-4:]) <= max(counts[:4]), f"the number of live tensors grows: {counts}"
+def resumes_exactly(card: Card) -> None:
+    for stop in (1, STEPS // 2 - 1, STEPS - 3):
+        assert same(resumed(card, stop), straight(card)), f"a run resumed at step {stop} differs"
 
-    def every_flag_has_an_effect() -> None:
-        default = trajectory(run(card))
-        dead = [name for name in card.hyper if name not in card.neutral and not _has_effect(card, name, default)]
-        assert not dead, f"changing {dead} changes nothing (name them in Card.neutral, or give Card.variants)"
 
-    def neutral_flags_change_nothing() -> None:
-        default = run(card)
-        for name in card.neutral:
-            for value in _others(card, name):
-                other = run(card, **{name: value})
-                _assert_close(trajectory(other), trajectory(default), f"{name}={value!r} changes the result")
+def leaves_callers_random_numbers_alone(card: Card) -> None:
+    before = torch.get_rng_state()
+    run(card)
+    assert torch.equal(before, torch.get_rng_state()), "draws from the caller's generator"
 
-    def refuses_bad_values() -> None:
-        for name, default in card.hyper.items():
-            if isinstance(default, bool) or not isinstance(default, (int, float)) or name == "seed":
-                continue
-            _assert_refused(card, name, math.nan)
-            _assert_refused(card, name, "a lot")
 
-    def refuses_unmet_needs() -> None:
-        for need, recipe in poorer_recipes().items():
-            if need in card.needs:
-                _assert_raises(lambda r=recipe: run(card, r), NEEDS[need].what.split(" (")[0])
+def leaks_nothing(card: Card) -> None:
+    training = start(card)
+    counts = []
+    for step in range(STEPS):
+        training.advance()
+        if step >= STEPS // 2:
+            gc.collect()
+            counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert min(counts[-4:]) <= max(counts[:4]), f"the number of live tensors grows: {counts}"
 
-    def can_be_sent_to_a_worker() -> None:
-        sent = cloudpickle.loads(cloudpickle.dumps(card.apply(tiny_recipe())))
-        assert same(trajectory(fit(sent, progress=False, device="cpu")), trajectory(run(card))), "differs once pickled"
 
-    yield from {k: v for k, v in locals().items() if callable(v) and k != "card"}.items()
+def every_flag_has_an_effect(card: Card) -> None:
+    default = trajectory(run(card))
+    dead = [name for name in card.hyper if name not in card.neutral and not _has_effect(card, name, default)]
+    assert not dead, f"changing {dead} changes nothing (name them in Card.neutral, or give Card.variants)"
+
+
+def neutral_flags_change_nothing(card: Card) -> None:
+    default = run(card)
+    for name in card.neutral:
+        for value in _others(card, name):
+            other = run(card, **{name: value})
+            _assert_close(trajectory(other), trajectory(default), f"{name}={value!r} changes the result")
+
+
+def refuses_bad_values(card: Card) -> None:
+    for name, default in card.hyper.items():
+        if isinstance(default, bool) or not isinstance(default, (int, float)) or name == "seed":
+            continue
+        _assert_refused(card, name, math.nan)
+        _assert_refused(card, name, "a lot")
+
+
+def refuses_unmet_needs(card: Card) -> None:
+    for need, recipe in poorer_recipes().items():
+        if need in card.needs:
+            _assert_raises(functools.partial(run, card, recipe), NEEDS[need].what.split(" (")[0])
+
+
+def can_be_sent_to_a_worker(card: Card) -> None:
+    sent = cloudpickle.loads(cloudpickle.dumps(card.apply(tiny_recipe())))
+    assert same(trajectory(fit(sent, progress=False, device="cpu")), trajectory(run(card))), "differs once pickled"
 
 
 def start(card: Card, recipe: Recipe | None = None, **hyper: Any) -> Training:
@@ -291,7 +295,7 @@ def _assert_refused(card: Card, name: str, value: Any) -> None:
     _assert_raises(lambda: run(card, **{name: value}), name)
 
 
-def _assert_raises(action: Check, says: str) -> None:
+def _assert_raises(action: Callable[[], Any], says: str) -> None:
     """The action must raise a `ValueError` or `TypeError` whose message contains `says`."""
     try:
         action()
@@ -306,106 +310,16 @@ def _assert_close(a: tuple[list[float], list[Tensor]], b: tuple[list[float], lis
         assert torch.allclose(p.double(), q.double(), rtol=1e-4, atol=1e-5), message
 
 
-# ---- torch's optimizer contract
-
-
-def _optimizing(card: Card) -> Iterator[tuple[str, Check]]:
-    def built(parameters: Any, **hyper: Any) -> torch.optim.Optimizer:
-        return card.make(parameters, **hyper)
-
-    def grads(parameters: list[Tensor], seed: int) -> None:
-        numbers = torch.Generator().manual_seed(seed)
-        for p in parameters:
-            p.grad = torch.randn(p.shape, generator=numbers, dtype=torch.float32).to(p.dtype)
-
-    def some(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        numbers = torch.Generator().manual_seed(1)
-        shapes = ((), (3,), (4, 5), (2, 3, 3, 3))
-        tensors = [torch.randn(shape, generator=numbers).to(dtype) for shape in shapes]
-        return [t.requires_grad_() for t in [*tensors, torch.randn(6, 4, generator=numbers).to(dtype).t()]]
-
-    def steps(optimizer: torch.optim.Optimizer, parameters: list[Tensor], count: int, seed: int = 0) -> None:
-        for i in range(count):
-            grads(parameters, seed + i)
-            optimizer.step()
-
-    def calls_a_closure_at_once_with_gradients_on() -> None:
-        (p,) = parameters = [torch.ones(3, requires_grad=True)]
-        seen = []
-
-        def closure() -> Tensor:
-            seen.append((torch.is_grad_enabled(), p.detach().clone()))
-            p.grad = None
-            loss = p.square().sum()
-            loss.backward()
-            return loss
-
-        with torch.no_grad():
-            returned = built(parameters).step(closure)
-        assert seen, "does not call the closure"
-        assert seen[0][0], "calls the closure with gradients off"
-        assert torch.equal(seen[0][1], torch.ones(3)), "moves before it calls the closure"
-        assert returned is not None, "does not return the closure's loss"
-        assert float(returned) == 3.0, "does not return the closure's loss"
-
-    def skips_parameters_without_gradient() -> None:
-        parameters = some()
-        optimizer = built(parameters)
-        before = [p.detach().clone() for p in parameters]
-        optimizer.step()
-        assert all(map(torch.equal, before, parameters)), "moves parameters that have no gradient"
-        grads(parameters[:2], 0)
-        optimizer.step()
-        assert not torch.equal(before[1], parameters[1]), "does not move a parameter that has a gradient"
-        assert all(map(torch.equal, before[2:], parameters[2:])), "moves parameters that have no gradient"
-
-    def leaves_gradients_alone() -> None:
-        parameters = some()
-        optimizer = built(parameters)
-        grads(parameters, 0)
-        before = [p.grad.clone() for p in parameters if p.grad is not None]
-        optimizer.step()
-        after = [p.grad for p in parameters if p.grad is not None]
-        assert all(map(torch.equal, before, after)), "changes .grad"
-
-    def refuses_sparse_gradients() -> None:
-        p = torch.zeros(4, 2, requires_grad=True)
-        p.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 2), (4, 2))
-        try:
-            built([p]).step()
-        except RuntimeError as error:
-            assert "sparse" in str(error), f"the message does not mention sparse gradients: {error}"
-            return
-        assert not torch.equal(p, torch.zeros(4, 2)), "silently ignores sparse gradients"
-
-    def state_survives_saving() -> None:
-        for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            parameters = some(dtype)
-            optimizer = built(parameters)
-            steps(optimizer, parameters, 6)
-            others = [p.detach().clone().requires_grad_() for p in parameters]
-            twin = built(others)
-            file = io.BytesIO()
-            torch.save(optimizer.state_dict(), file)
-            file.seek(0)
-            twin.load_state_dict(torch.load(file, weights_only=True))
-            steps(optimizer, parameters, 6, seed=6)
-            steps(twin, others, 6, seed=6)
-            assert all(map(torch.equal, parameters, others)), f"differs after saving and loading ({dtype})"
-
-    def copies_and_groups() -> None:
-        parameters = some()
-        optimizer = built([{"params": parameters[:2]}, {"params": parameters[2:], "lr": 1e-5}])
-        steps(optimizer, parameters, 2)
-        twin = copy.deepcopy(optimizer)
-        assert repr(twin) == repr(optimizer), "its copy reads differently"
-        moved = [p.detach().clone() for p in parameters]
-        grads([p for group in twin.param_groups for p in group["params"]], 5)
-        twin.step()
-        assert all(map(torch.equal, moved, parameters)), "its deep copy moves the original's parameters"
-        moved_little = max(float((p.detach() - q).abs().max()) for p, q in zip(parameters[2:], some()[2:], strict=True))
-        assert moved_little < 1e-3, "ignores a group's own learning rate"
-
-    yield from {
-        k: v for k, v in locals().items() if inspect.isfunction(v) and k not in ("built", "grads", "some", "steps")
-    }.items()
+DESCRIBING = (documented, tunable)
+TRAINING = (
+    learns_something_else,
+    deterministic,
+    resumes_exactly,
+    leaves_callers_random_numbers_alone,
+    leaks_nothing,
+    every_flag_has_an_effect,
+    neutral_flags_change_nothing,
+    refuses_bad_values,
+    refuses_unmet_needs,
+    can_be_sent_to_a_worker,
+)

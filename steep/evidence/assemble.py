@@ -105,6 +105,10 @@ def warnings(study: Study, recipe: Recipe) -> Iterator[str]:
             f"The A/A control is not null (p = {twin.p:.3f}): by chance in one study of twenty, or because the seeds "
             "are not independent. Repeat with other seeds before you decide."
         )
+    pairs, methods = len(study.seeds), len(study.arms) - 2
+    if methods and statistics.FEWEST_SEEDS <= pairs < statistics.seeds_needed(methods):
+        needed = statistics.seeds_needed(methods)
+        yield f"{pairs} seeds cannot show any difference among {methods} methods; it takes at least {needed}."
     if recipe.rounds is not None:
         yield "The recipe's rounds own the optimizer, so the baseline was not tuned; add it as a method of its own."
     ratios = [run.seconds / run.cpu_seconds for arm in study.arms for run in arm.runs if run.cpu_seconds]

@@ -19,7 +19,7 @@ from steep.evidence.planning import Plan, choose
 from steep.evidence.pool import Failure, Pool
 from steep.evidence.progress import StudyProgress
 from steep.evidence.source import Source, from_name, from_value
-from steep.evidence.statistics import FEWEST_SEEDS
+from steep.evidence.statistics import FEWEST_SEEDS, seeds_needed
 from steep.evidence.store import Store
 from steep.evidence.study import RunRecord, Study
 from steep.needs import UnmetNeed
@@ -216,8 +216,15 @@ def _announcement(plan: Plan, arms: Sequence[Contender], left_out: Mapping[str, 
         f"{plan.runs} trainings of {', '.join(a.name for a in arms)} and an A/A control: "
         f"{plan.trials} tuning trials an arm, then {plan.seeds} paired seeds, at equal steps and at equal time.",
         f"About {plan.seconds / 60:.1f} minutes with {workers} worker{'s' if workers > 1 else ''}.",
-        f"It can show differences of {plan.effect:.1f} standard deviations (of the paired difference) or more."
-        if plan.seeds >= FEWEST_SEEDS
-        else f"{plan.seeds} seeds give numbers, but no verdict: that takes at least {FEWEST_SEEDS}.",
+        _power(plan, len(arms) - 1),
     ]
     return "\n".join(lines + [f"Left out: {name}: {reason}" for name, reason in left_out.items()])
+
+
+def _power(plan: Plan, methods: int) -> str:
+    """What the seeds can show, in a sentence."""
+    if plan.seeds < FEWEST_SEEDS:
+        return f"{plan.seeds} seeds give numbers, but no verdict: that takes at least {FEWEST_SEEDS}."
+    if plan.seeds < seeds_needed(methods):
+        return f"{plan.seeds} seeds cannot show a difference among {methods} methods: it takes {seeds_needed(methods)}."
+    return f"It can show differences of {plan.effect:.1f} standard deviations (of the paired difference) or more."

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from steep.batches import Data, tensor_loader
+from steep.batches import Data, Loader, tensor_loader
 from steep.recipe import Metric
+
+Part = tuple[Tensor, Tensor]
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -41,13 +43,14 @@ def adamw(lr: float, *, weight_decay: float = 0.01) -> dict[str, Any]:
     }
 
 
-def loaders(parts: list[tuple[Tensor, Tensor]], batch_size: int) -> Data:
-    """Loaders of train, val and test examples; evaluation uses batches of up to 1024."""
-    train, *held_out = parts
-    batch_size = min(batch_size, len(train[0]))
-    return Data(
-        tensor_loader(*train, batch_size, shuffle=True), *(tensor_loader(x, y, min(1024, len(x))) for x, y in held_out)
-    )
+def loaders(train: Part, val: Part, test: Part | None = None, *, batch_size: int) -> Data:
+    """Loaders of inputs and targets; evaluation uses batches of up to 1024."""
+
+    def held_out(part: Part) -> Loader:
+        return tensor_loader(*part, min(1024, len(part[0])))
+
+    loader = tensor_loader(*train, min(batch_size, len(train[0])), shuffle=True)
+    return Data(loader, held_out(val), held_out(test) if test is not None else None)
 
 
 def standardise(value: Tensor, train: Tensor) -> Tensor:
@@ -58,13 +61,13 @@ def standardise(value: Tensor, train: Tensor) -> Tensor:
     return torch.where(constant, 0.0, (value - mean) / std).float()
 
 
-def standardised(parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def standardised(parts: list[Part]) -> list[Part]:
     """Inputs, and targets unless they are classes, standardised by the statistics of the first part (training)."""
     x0, y0 = parts[0]
     return [(standardise(x, x0), standardise(y, y0) if y.is_floating_point() else y) for x, y in parts]
 
 
-def split(x: Tensor, y: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+def split(x: Tensor, y: Tensor, generator: torch.Generator) -> list[Part]:
     """A random 60 % for training, 20 % for validation and 20 % for testing."""
     held_out = round(0.2 * len(x))
     order = torch.randperm(len(x), generator=generator)

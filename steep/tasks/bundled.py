@@ -24,7 +24,7 @@ def _table(name: str) -> tuple[Tensor, Tensor]:
 
 
 def _data(generator: torch.Generator, name: str, batch_size: int) -> Data:
-    return loaders(standardised(split(*_table(name), generator)), batch_size)
+    return loaders(*standardised(split(*_table(name), generator)), batch_size=batch_size)
 
 
 def _breast_cancer(*, batch_size: int = 32, epochs: int = 20) -> Recipe:

@@ -36,7 +36,7 @@ def _data(generator: torch.Generator, context: int, batch_size: int) -> Data:
     windows = windows[torch.randperm(len(windows), generator=generator)]
     val, test = len(windows) // 50, len(windows) // 12
     parts = windows.split([len(windows) - val - test, val, test])
-    return loaders([(part[:, :-1], part[:, 1:]) for part in parts], batch_size)
+    return loaders(*((part[:, :-1], part[:, 1:]) for part in parts), batch_size=batch_size)
 
 
 def _model(context: int) -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,11 @@ from torch.optim import SGD
 from steep.batches import Data, dirichlet_clients
 from steep.recipe import Budget, Recipe, Run, accuracy
 from steep.tasks import Task
-from steep.tasks._parts import adamw, cross_entropy, loaders, split
+from steep.tasks._parts import Part, adamw, cross_entropy, loaders, split
 from steep.tasks.networks import MLP, SmallCNN
 
 
-def _parts(generator: torch.Generator, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+def _parts(generator: torch.Generator, shape: tuple[int, ...]) -> list[Part]:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -25,7 +27,7 @@ def _parts(generator: torch.Generator, shape: tuple[int, ...]) -> list[tuple[Ten
 
 
 def _data(generator: torch.Generator, shape: tuple[int, ...], batch_size: int) -> Data:
-    return loaders(_parts(generator, shape), batch_size)
+    return loaders(*_parts(generator, shape), batch_size=batch_size)
 
 
 def _digits(*, batch_size: int = 64, epochs: int = 40) -> Recipe:
@@ -55,14 +57,29 @@ def _digits_image(*, batch_size: int = 64, epochs: int = 20) -> Recipe:
 def _clients(generator: torch.Generator, clients: int, alpha: float, batch_size: int) -> Data:
     parts = _parts(generator, (64,))
     shares = dirichlet_clients(*parts[0], generator, clients=clients, alpha=alpha, batch_size=batch_size)
-    train, val, test = (getattr(loaders(parts, batch_size), name) for name in ("train", "val", "test"))
-    return Data(train, val, test, shares)
+    return replace(loaders(*parts, batch_size=batch_size), clients=shares)
 
 
-def _fedavg(model: nn.Module, run: Run, local_step: object, **hyper: float) -> Iterator[Tensor]:
+def _fedavg(
+    model: nn.Module,
+    run: Run,
+    local_step: Callable[[nn.Module, Any], Tensor],
+    *,
+    fraction: float,
+    local_steps: int,
+    lr: float,
+) -> Iterator[Tensor]:
     from steep.rounds.fedavg import FedAvg
 
-    return FedAvg(model, run.data.clients, local_step, generator=run.generator, **hyper)
+    return FedAvg(
+        model,
+        run.data.clients,
+        local_step,
+        generator=run.generator,
+        fraction=fraction,
+        local_steps=local_steps,
+        lr=lr,
+    )
 
 
 def _digits_federated(

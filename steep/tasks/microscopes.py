@@ -40,7 +40,7 @@ def _quadratic_data(
     generator: torch.Generator, examples: int, dimension: int, condition: float, batch_size: int
 ) -> Data:
     part = quadratic(examples, dimension, condition, generator)
-    return loaders([part, part], batch_size)
+    return loaders(part, part, batch_size=batch_size)
 
 
 class Rosenbrock(nn.Module):
@@ -59,7 +59,7 @@ class Rosenbrock(nn.Module):
 
 def _rosenbrock_data(generator: torch.Generator, dimension: int) -> Data:
     part = torch.eye(2 * dimension - 2), torch.zeros(2 * dimension - 2, 1)
-    return loaders([part, part], 2 * dimension - 2)
+    return loaders(part, part, batch_size=2 * dimension - 2)
 
 
 def _quadratic(

@@ -33,12 +33,12 @@ def _data(generator: torch.Generator, batch_size: int) -> Data:
     return split_loaders(images, labels, generator, batch_size=batch_size, val=0.05, test=0.15)
 
 
-def _mnist10k(*, batch_size: int = 64, epochs: int = 4) -> Recipe:
+def _mnist10k(*, batch_size: int = 64, epochs: int = 3) -> Recipe:
     return Recipe(
         data=partial(_data, batch_size=batch_size),
-        model=partial(SmallCNN, 1, 10, (8, 16, 32)),
+        model=partial(SmallCNN, 1, 10, (8, 16, 32, 64)),
         loss=cross_entropy,
-        **adamw(2e-2),
+        **adamw(1e-2),
         metric=accuracy,
         budget=Budget(epochs=epochs),
         name="mnist10k",

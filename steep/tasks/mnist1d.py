@@ -11,12 +11,13 @@ can be made: 4000 for training as published, and 1000 each for validation and te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter1d
-from torch import Tensor
+from torch import Tensor, nn
 
 from steep.batches import Data
 from steep.recipe import Budget, Recipe, accuracy
@@ -107,10 +108,11 @@ def mnist1d(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def _data(generator: torch.Generator, model: str, batch_size: int) -> Data:
     x, y = mnist1d(6000, generator)
     x = x.unsqueeze(1) if model == "cnn" else x
-    return loaders(list(zip(x.split([4000, 1000, 1000]), y.split([4000, 1000, 1000]), strict=True)), batch_size)
+    sizes = [4000, 1000, 1000]
+    return loaders(*zip(x.split(sizes), y.split(sizes), strict=True), batch_size=batch_size)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": partial(SmallCNN, 1, 10, (16, 32, 64), dimensions=1),
     "mlp": partial(MLP, SAMPLES, 100, 100, 10),
 }

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.batches import Data
+from steep.batches import Data, split_loaders
 from steep.recipe import Budget, Recipe
 from steep.tasks import Task
-from steep.tasks._parts import absolute_error, adamw, loaders, squared_error
+from steep.tasks._parts import absolute_error, adamw, squared_error
 from steep.tasks.networks import MLP, FourierFeatures
 
 
@@ -38,9 +38,7 @@ def _coordinates(height: int, width: int) -> Tensor:
 def _data(generator: torch.Generator, name: str, height: int, batch_size: int) -> Data:
     image = _image(name, height)
     x, y = _coordinates(*image.shape[:2]), image.flatten(0, 1)
-    held_out = len(x) // 10
-    order = torch.randperm(len(x), generator=generator)
-    return loaders([(x[i], y[i]) for i in order.split([len(x) - 2 * held_out, held_out, held_out])], batch_size)
+    return split_loaders(x, y, generator, batch_size=batch_size, val=0.1, test=0.1)
 
 
 def _model() -> nn.Module:

@@ -54,7 +54,7 @@ def polynomial(count: int, generator: torch.Generator, *, variables: int = 6, de
 def _data(generator: torch.Generator, problem: Problem, examples: int, batch_size: int) -> Data:
     x, y = problem(3 * examples, generator)
     y = standardise(y, y[:examples])
-    return loaders(list(zip(x.split(examples), y.split(examples), strict=True)), batch_size)
+    return loaders(*zip(x.split(examples), y.split(examples), strict=True), batch_size=batch_size)
 
 
 def _recipe(

@@ -40,7 +40,7 @@ def _table(name: str) -> Tensor:
 
 def _data(generator: torch.Generator, name: str, batch_size: int) -> Data:
     table = _table(name)
-    return loaders(standardised(split(table[:, :-1], table[:, -1:], generator)), batch_size)
+    return loaders(*standardised(split(table[:, :-1], table[:, -1:], generator)), batch_size=batch_size)
 
 
 def _model(name: str) -> nn.Module:

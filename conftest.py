@@ -1,0 +1,13 @@
+"""Every Python block of README, CONTRIBUTING and the written docs is a test."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+collect_ignore = ["docs/conf.py", "docs/examples", "docs/_build", "docs/gallery", "docs/methods"]
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "CONTRIBUTING.md", "usage.md", "design.md"]
+).pytest()

@@ -1,0 +1,1 @@
+"""Backward rules: from a vector of losses to ``.grad``."""

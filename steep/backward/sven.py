@@ -1,0 +1,212 @@
+"""Sven: a loss of B examples is B conditions, and the step is the smallest one that meets all of them at once.
+
+With `v` the vector that is given (residuals, or losses >= 0), the conditions are ``r = sign(v) |v|^(kappa/2)``
+and ``M = dr/dθ`` (B x P). The gradient is the truncated pseudoinverse applied to r, so that SGD makes the paper's step:
+
+    G = M Mᵀ = U S² Uᵀ  (B x B, float64)     keep the `rank` largest S, and of those S > rtol · S_max
+    w = U S^-(1+power) Uᵀ r  (B)             .grad += Mᵀ w = V S^-power Uᵀ r   (power = 1: M⁺ r)
+
+Paper: arXiv 2604.01279. `rtol` 1e-3 and `kappa` 2 are the defaults of the authors' code, whose README advises
+rank B//2 and a learning rate in 0.05 .. 0.5; there is no default rank in it. Here it is B (`None`): in the authors'
+later tables the best rank is B on most tasks, and rtol cuts what is too small.
+
+Differs from the paper: it cuts S <= 1e-10 besides; here S <= 1e-7 · S_max is cut (float64 squared: below that, G
+holds only rounding), so that the units of the loss do not matter. Signs are kept: for residuals e, ``kappa=2`` is
+the paper's kappa = 1 for the loss e², without the infinite derivative at e = 0. A zero G gives a zero gradient where
+the code raises. Parameter fraction: the paper draws single parameters or whole blocks; here rows (output neurons
+with their biases), which the authors' README recommends since. Not here: `variable_k` and the RMSprop variants.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steep.card import Card, Paper, log_uniform
+from steep.needs import NEEDS
+from steep.per_example import PerExample
+from steep.recipe import Recipe
+
+ROUNDING = 1e-7
+"""Singular values below this share of the largest are rounding errors of a float64 Gram matrix."""
+
+
+class Sven:
+    """Minimum-norm step towards the zeros of all per-example losses at once (singular value descent).
+
+    A backward rule: give it the vector of residuals or losses instead of calling ``loss.mean().backward()``. It
+    adds the pseudoinverse step to ``.grad``; plain `torch.optim.SGD` then makes the paper's update.
+
+    Args:
+        model: the model that the losses come from; hooks on its layers live as long as this object.
+        rank: singular values kept at most, of B / micro_batch; `None` keeps all that `rtol` leaves.
+        rtol: singular values at or below this share of the largest are cut, in [0, 1). Default 1e-3 (the code's).
+        kappa: conditions are the given numbers to the power kappa/2, > 0. Default 2 (the code's): the numbers
+            themselves. 1 turns losses that are squares into residuals.
+        micro_batch: consecutive examples averaged into one condition; must divide B. Default 1.
+        param_fraction: share of each layer's rows that take part in a step, drawn anew each time, in (0, 1].
+        power: singular values are divided out to this power: 1 is Sven, 1/2 half-inverse gradients
+            (arXiv 2203.10131), -1 the gradient of ``sum(r²)/2``.
+        seed: for the draws of `param_fraction`.
+
+    Attributes:
+        kept_rank: singular values kept at the last step. 0: the given numbers do not depend on the parameters.
+
+    Raises:
+        ValueError: arguments out of range; losses that are no vector, or not divisible by `micro_batch`.
+
+    Paper: arXiv 2604.01279.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> backward, optimizer = Sven(model), torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> x, y = torch.randn(4, 3), torch.randn(4)
+        >>> backward(model(x).squeeze(-1) - y)  # four conditions, four parameters
+        >>> optimizer.step()
+        >>> bool((model(x).squeeze(-1) - y).abs().max() < 1e-3)
+        True
+    """
+
+    needs = frozenset({"losses", "model", "independent_examples"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int | None = None,
+        rtol: float = 1e-3,
+        kappa: float = 2.0,
+        micro_batch: int = 1,
+        param_fraction: float = 1.0,
+        power: float = 1.0,
+        seed: int = 0,
+    ):
+        _check(rank is None or (isinstance(rank, int) and rank >= 1), "rank", rank, "an integer >= 1, or None")
+        _check(0 <= rtol < 1, "rtol", rtol, "in [0, 1)")
+        _check(kappa > 0, "kappa", kappa, "> 0")
+        _check(isinstance(micro_batch, int) and micro_batch >= 1, "micro_batch", micro_batch, "an integer >= 1")
+        _check(0 < param_fraction <= 1, "param_fraction", param_fraction, "in (0, 1]")
+        _check(-1 <= power <= 1, "power", power, "in [-1, 1]")
+        self.rank, self.rtol, self.kappa, self.micro_batch = rank, rtol, kappa, micro_batch
+        self.param_fraction, self.power = param_fraction, power
+        self.engine = PerExample(model)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept_rank: int | None = None
+
+    def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
+        """Add the step to ``.grad``.
+
+        Args:
+            losses: residuals or losses of the examples, shape (B,).
+            scale: multiplies the gradient.
+        """
+        _check_divides(self.micro_batch, losses)
+        rows = self.engine.rows(losses)
+        if self.param_fraction < 1:
+            rows = rows.restrict(self.param_fraction, self.generator)
+        residuals, weights = self.conditions(losses.detach().double())
+        gram = self._grouped(self._grouped(rows.gram() * weights * weights[:, None]).T)
+        w = self.solve(gram, residuals).repeat_interleave(self.micro_batch) * weights
+        rows.backward(w * scale)
+
+    def conditions(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Conditions r (B / micro_batch,), and the derivative of each by its examples' numbers (B,)."""
+        means = self._grouped(v) / self.micro_batch
+        slopes = self.kappa / 2 * means.abs() ** (self.kappa / 2 - 1)
+        slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
+        residuals = means.sign() * means.abs() ** (self.kappa / 2)
+        return residuals, slopes.repeat_interleave(self.micro_batch) / self.micro_batch
+
+    def _grouped(self, t: Tensor) -> Tensor:
+        """Sums over groups of `micro_batch` consecutive entries of the first dimension."""
+        return t if self.micro_batch == 1 else t.unflatten(0, (-1, self.micro_batch)).sum(1)
+
+    def solve(self, gram: Tensor, residuals: Tensor) -> Tensor:
+        """Weights ``w = U S^-(1+power) Uᵀ r`` over what is kept; NaN where the Gram matrix is not finite."""
+        if not gram.isfinite().all():
+            return residuals * torch.nan  # as an ordinary backward of a loss that is not finite
+        squares, u = torch.linalg.eigh(gram)  # ascending
+        s = squares.clamp(min=0).sqrt()
+        keep = s > max(self.rtol, ROUNDING) * s[-1]
+        if self.rank is not None:
+            keep[: -self.rank] = False
+        self.kept_rank = int(keep.sum())
+        return u @ torch.where(keep, s ** -(1 + self.power) * (u.T @ residuals), 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator, and the parameters known to need the slow way."""
+        return {"generator": self.generator.get_state(), "left_to_autograd": sorted(self.engine.left_to_autograd)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.engine.left_to_autograd = set(state["left_to_autograd"])
+
+    def __repr__(self) -> str:
+        return (
+            f"Sven(rank={self.rank}, rtol={self.rtol}, kappa={self.kappa}, micro_batch={self.micro_batch}, "
+            f"param_fraction={self.param_fraction}, power={self.power})"
+        )
+
+
+def _check(holds: bool, name: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def _check_divides(micro_batch: int, losses: Tensor) -> None:
+    if losses.ndim == 0:
+        raise ValueError(f"Sven needs one loss per example, but got a scalar: {NEEDS['losses'].remedy}")
+    if len(losses) % micro_batch:
+        raise ValueError(f"micro_batch={micro_batch} must divide the number of examples, {len(losses)}")
+
+
+def train_with_sven(
+    recipe: Recipe,
+    *,
+    lr: float = 0.1,
+    rank: int | None = None,
+    rtol: float = 1e-3,
+    kappa: float = 2.0,
+    micro_batch: int = 1,
+    param_fraction: float = 1.0,
+    power: float = 1.0,
+    seed: int = 0,
+) -> Recipe:
+    """Minimum-norm step towards the zeros of all per-example losses at once (singular value descent).
+
+    Puts `Sven` in the place of the mean's gradient, and plain SGD behind it, as in the paper.
+
+    Args:
+        lr: learning rate of SGD; the authors' README advises 0.05 .. 0.5.
+        rank, rtol, kappa, micro_batch, param_fraction, power, seed: see `Sven`.
+    """
+    rule = partial(
+        Sven,
+        rank=rank,
+        rtol=rtol,
+        kappa=kappa,
+        micro_batch=micro_batch,
+        param_fraction=param_fraction,
+        power=power,
+        seed=seed,
+    )
+    return recipe.replace(backward=rule, optimizer=partial(torch.optim.SGD, lr=lr))
+
+
+card = Card(
+    id="sven",
+    paper=Paper(
+        "Sven: Singular Value Descent as a Computationally Efficient Natural Gradient Method",
+        arxiv="2604.01279",
+        year=2026,
+    ),
+    changes="backward",
+    make=train_with_sven,
+    plug=train_with_sven,
+    space={"lr": log_uniform(0.01, 1.0), "rtol": log_uniform(1e-4, 1e-1)},
+    needs=Sven.needs,
+    formula="G = M M' = U S^2 U';  grad = M' U_k S_k^-2 U_k' r,  r = sign(v)|v|^(kappa/2), M = dr/dtheta",
+)

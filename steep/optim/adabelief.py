@@ -1,0 +1,191 @@
+"""AdaBelief is Adam with another second moment: the squared deviation of the gradient from its running mean, instead
+of the squared gradient. A gradient near its prediction makes the step long, a surprise makes it short.
+
+For every element, with g the gradient at step t = 1, 2, ...:
+
+    m = beta1 m + (1 - beta1) g
+    s = beta2 s + (1 - beta2) (g - m)^2 + eps               (the m just updated; eps accumulates in the state)
+    p = p - lr * m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)
+
+Zhuang et al.: AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients (arXiv 2010.07468),
+algorithm 2. lr and betas are the paper's; eps = 1e-16 is that of its LSTM and Transformer experiments and of the
+authors' package since 0.1 (for convolutional networks they use 1e-8: "eps_adabelief is about eps_adam squared").
+weight_decay = 1e-2, decoupled, is that of its ImageNet experiment (0 in the package). Neither amsgrad nor
+rectification is used in the paper's experiments, except rectification for the Transformer. The authors' package
+changed its defaults between 0.0.5 (eps 1e-8, coupled decay, no rectification) and 0.1 (1e-16, decoupled, rectified).
+
+What differs, and why:
+- amsgrad together with rectify uses the maximum of s, which the authors' package ignores in that case.
+- beta1 = 0 is refused: m would equal g and s would hold nothing but eps.
+- The package's options fixed_decay and degenerated_to_sgd=False are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from steep.card import Card, Paper, log_uniform
+from steep.foreach import check_ranges, load_exactly, sweep
+
+RANGES = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    s: Tensor,
+    s_max: Tensor | None = None,
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float | Tensor,
+    weight_decay: float | Tensor | None,
+    step_size: float | Tensor,
+    damping: float | Tensor,
+    adaptive: bool,
+    decoupled: bool,
+    maximize: bool,
+) -> None:
+    """One step on tensors of one shape, in place; `step_size` and `damping` are lr and the eps of the root, corrected for t."""
+    if maximize:
+        g = -g
+    if weight_decay is not None and decoupled:
+        p.mul_(1 - lr * weight_decay)
+    elif weight_decay is not None:
+        g = g + weight_decay * p
+    m.lerp_(g, 1 - beta1)
+    s.lerp_((g - m).square_(), 1 - beta2).add_(eps)
+    if s_max is not None:
+        s = s_max.copy_(torch.maximum(s_max, s))
+    if adaptive:
+        p.addcdiv_(m * -step_size, s.sqrt().add_(damping))
+    else:
+        p.sub_(m * step_size)
+
+
+def rectification(t: int, beta2: float) -> float | None:
+    """RAdam's factor of the step at step t, or None while the variance of the second moment is intractable."""
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    if rho < 5:
+        return None
+    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+
+
+def _scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
+    beta1, beta2 = map(float, group["betas"])
+    root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator, so that s needs no correction of its own
+    r = rectification(t, beta2) if group["rectify"] else 1.0
+    return {
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"] or None,
+        "step_size": float(group["lr"]) / (1 - beta1**t) * (r * root if r else 1.0),
+        "damping": group["eps"] * (1.0 if group["rectify"] else root),  # the authors' code does not correct r's
+        "adaptive": r is not None,
+        "decoupled": group["decoupled"],
+        "maximize": group["maximize"],
+    }
+
+
+class AdaBelief(Optimizer):
+    """Adam whose second moment is the squared deviation of the gradient from its running mean: it takes long steps
+    where gradients agree with their prediction and short ones where they surprise.
+
+    A non-finite gradient is not absorbed: as in `torch.optim` it makes the parameter non-finite, unless the step is
+    skipped (as `torch.amp.GradScaler` does). Clip gradients by norm, not by value: clipping by value makes g equal m and
+    the step very long. The state of half-precision parameters is float32, also after `load_state_dict`.
+
+    Args:
+        params: parameters or groups of them, of any shape; real, with dense gradients.
+        lr: learning rate, at least 0; a number or 0-d tensor. 1e-3 is the paper's.
+        betas: decay rates of m and s per step, in (0, 1) and [0, 1). (0.9, 0.999) is the paper's.
+        eps: added to s at every step and to its root, at least 0. 1e-16 is the authors' for recurrent networks and
+            Transformers; use 1e-8 for convolutional networks. With 0 an element whose gradient is always 0 becomes NaN.
+        weight_decay: at least 0, in units of 1/lr when decoupled. 1e-2 is the paper's on ImageNet.
+        decoupled: shrink the parameters as AdamW does; otherwise add the L2 penalty to the gradient, as Adam does.
+        rectify: correct for the variance of s in the first steps as RAdam does (plain momentum until it is finite).
+        amsgrad: divide by the largest s so far.
+        maximize: go uphill.
+        foreach: share calls among tensors; None is True. False is tensor by tensor, slower and the same.
+        compile: run the update as one compiled kernel; takes some seconds at the first step.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, here or in a group.
+        RuntimeError: at a step, for sparse gradients, complex parameters, or `compile` without a compiler.
+
+    Paper: arXiv 2010.07468.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = AdaBelief(model.parameters(), lr=1e-3, eps=1e-8)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_var', 'step']
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 1e-2,
+        *,
+        decoupled: bool = True,
+        rectify: bool = False,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ):
+        options = {"decoupled": decoupled, "rectify": rectify, "amsgrad": amsgrad, "maximize": maximize}
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**numbers, **options, "foreach": foreach, "compile": compile})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_ranges({**self.defaults, **param_group}, RANGES)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        load_exactly(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            names = ("exp_avg", "exp_avg_var", "max_exp_avg_var")[: 3 if group["amsgrad"] else 2]
+            sweep(self, group, update, names, partial(_scalars, group))
+        return loss
+
+
+card = Card(
+    id="adabelief",
+    paper=Paper(
+        "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients", arxiv="2010.07468", year=2020
+    ),
+    changes="optim",
+    make=AdaBelief,
+    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdaBelief, **hyper)),
+    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    formula="m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) (g - m)^2 + eps;  p -= lr m_hat / (sqrt(s_hat) + eps)",
+)

@@ -1,0 +1,344 @@
+"""AdamP and SGDP are Adam and momentum SGD that take no step along a weight whose length does not matter, as before a
+normalization layer. Momentum would make such weights longer at every step, and their effective steps shorter.
+
+For a parameter w of at least two dimensions, seen as rows (one per output channel) of n columns, with g its gradient:
+
+    AdamP: u = m_hat / (sqrt(v_hat) + eps), Adam's m and v        (nesterov: beta1 m + (1 - beta1) g instead of m)
+    SGDP:  u = b,  b = momentum b + (1 - dampening) g             (nesterov: g + momentum b)
+
+    near(rows)  = max over rows of |<g, w>| / (|g| |w|) < delta / sqrt(n)
+    near(layer) = the same with the whole of w as its only row
+    u = u - <u, w> / (|w| + eps)^2 w     per row if near(rows), else of the layer if near(layer), else not at all
+    w = w - lr u - lr weight_decay w * (wd_ratio if projected else 1)       (SGDP: weight_decay / (1 - momentum))
+
+Heo, Chun, Oh, Han, Yun, Kim, Uh, Ha: AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
+Weights (arXiv 2006.08217), algorithms 2 and 3. delta = 0.1 and wd_ratio = 0.1 are the paper's. lr, betas and
+weight_decay of AdamP (1e-3, (0.9, 0.999), 1e-2) and SGDP (0.1, momentum 0.9 with nesterov, 1e-5) are those of the
+authors' example.
+
+Whether w is scale-invariant is told from the raw gradient, which is then orthogonal to it. That can happen by chance to a
+wide layer without normalization; parameters of fewer than two dimensions are never projected. Without a decaying
+learning rate AdamP ends higher than Adam, whose growing weights are a decay of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from steep.card import Card, Paper, log_uniform
+from steep.foreach import RowRule, check_ranges, load_exactly, sweep, sweep_rows
+
+Number = float | Tensor
+
+COMMON = {"lr": "[0, inf)", "weight_decay": "[0, inf)", "delta": "[0, inf)", "wd_ratio": "[0, 1]", "eps": "[0, inf)"}
+ADAM_RANGES = {**COMMON, "betas": ("[0, 1)", "[0, 1)")}
+SGD_RANGES = {**COMMON, "momentum": "[0, 1)", "dampening": "[0, 1)"}
+
+
+def adam(
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    accumulate: bool,
+    beta1: Number,
+    beta2: Number,
+    damping: Number,
+    nesterov: bool,
+    maximize: bool,
+    **_: Any,
+) -> Tensor:
+    """Adam's u, up to its factor in t; takes g into the moments first if `accumulate`."""
+    g = -g if maximize else g
+    if accumulate:
+        m.lerp_(g, 1 - beta1)
+        v.lerp_(g.square(), 1 - beta2)
+    return (torch.lerp(m, g, 1 - beta1) if nesterov else m) / v.sqrt().add_(damping)
+
+
+def sgd(
+    g: Tensor,
+    b: Tensor,
+    *,
+    accumulate: bool,
+    momentum: Number,
+    dampening: Number,
+    nesterov: bool,
+    maximize: bool,
+    **_: Any,
+) -> Tensor:
+    """SGD's u; takes g into the momentum first if `accumulate`."""
+    g = -g if maximize else g
+    if accumulate:
+        b.mul_(momentum).add_(g * (1 - dampening))
+    return g + momentum * b if nesterov else b
+
+
+def _plain(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
+    """The step of parameters that are never projected."""
+    u = perturbation(g, *state, accumulate=True, **scalars)
+    w.mul_(1 - scalars["decay"]).sub_(u * scalars["step_size"])
+
+
+def _measure(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> Tensor:
+    """<g, w>, <u, w>, |g| and |w| of each row, (k, rows, 4)."""
+    u = perturbation(g, *state, accumulate=True, **scalars)
+    return torch.stack([(g * w).sum(-1), (u * w).sum(-1), vector_norm(g, dim=-1), vector_norm(w, dim=-1)], -1)
+
+
+def _decide(
+    rows: Tensor,
+    w: Tensor,
+    projected: Tensor,
+    *,
+    decay: Number,
+    step_size: Number,
+    delta: Number,
+    wd_ratio: Number,
+    eps: Number,
+    **_: Any,
+) -> Tensor:
+    """What to multiply the rows of w with, (k, rows, 1), so that w * that - step_size * u is the step."""
+    gw, uw, g_norm, w_norm = rows.unbind(-1)
+    layer = [x.sum(1, keepdim=True) for x in (gw, uw)] + [vector_norm(x, dim=1, keepdim=True) for x in (g_norm, w_norm)]
+
+    def near(gw: Tensor, g_norm: Tensor, w_norm: Tensor, columns: int) -> Tensor:
+        cosine = gw.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
+        return cosine.amax(1, keepdim=True) < delta / columns**0.5
+
+    near_rows = near(gw, g_norm, w_norm, w.shape[2])
+    near_layer = near(layer[0], layer[2], layer[3], w.shape[1] * w.shape[2])
+    along_layer = torch.where(near_layer, layer[1] / (layer[3] + eps).square(), 0.0)
+    along = torch.where(near_rows, uw / (w_norm + eps).square(), along_layer)  # u - along * w is the projection
+    near_any = (near_rows | near_layer).to(w.dtype)
+    projected.copy_(near_any.squeeze(1))
+    return (1 - decay * (1 - near_any * (1 - wd_ratio)) + step_size * along).unsqueeze(-1)
+
+
+def _apply(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
+    *state_, factor = state
+    u = perturbation(g, *state_, accumulate=False, **scalars)
+    w.mul_(factor).sub_(u * scalars["step_size"])
+
+
+ADAM = RowRule(partial(_measure, adam), _decide, partial(_apply, adam))
+SGD = RowRule(partial(_measure, sgd), _decide, partial(_apply, sgd))
+ADAM_PLAIN, SGD_PLAIN = partial(_plain, adam), partial(_plain, sgd)
+
+
+def _adam_scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
+    beta1, beta2 = map(float, group["betas"])
+    root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator of u, so that v needs no correction
+    lr, same = float(group["lr"]), ("eps", "delta", "wd_ratio", "nesterov", "maximize")
+    own = {"beta1": beta1, "beta2": beta2, "damping": group["eps"] * root, "step_size": lr * root / (1 - beta1**t)}
+    return {**own, "decay": lr * group["weight_decay"], **{name: group[name] for name in same}}
+
+
+def _sgd_scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
+    lr, same = float(group["lr"]), ("momentum", "dampening", "eps", "delta", "wd_ratio", "nesterov", "maximize")
+    decay = lr * group["weight_decay"] / (1 - group["momentum"])
+    return {"step_size": lr, "decay": decay, **{name: group[name] for name in same}}
+
+
+def _step(optimizer: Optimizer, rule: RowRule, plain: Callable[..., None], names: tuple[str, ...], scalars: Any) -> None:
+    for group in optimizer.param_groups:
+        wide = [p for p in group["params"] if p.ndim > 1]
+        sweep_rows(optimizer, group, rule, names, partial(scalars, group), wide, ("projected",))
+        sweep(optimizer, group, plain, names, partial(scalars, group), [p for p in group["params"] if p.ndim <= 1])
+
+
+def _projected_fraction(optimizer: Optimizer) -> float:
+    flags = [s["projected"] for s in optimizer.state.values() if "projected" in s]
+    return torch.stack(flags).mean().item() if flags else 0.0
+
+
+class AdamP(Optimizer):
+    """AdamW that takes no step along weights whose length does not matter (those before a normalization layer), which
+    keeps momentum from making them longer and their effective steps shorter.
+
+    Use it with a decaying learning rate. A non-finite gradient is not absorbed: as in `torch.optim` it makes the
+    parameter non-finite, unless the step is skipped (as `torch.amp.GradScaler` does). The state of half-precision
+    parameters is float32, also after `load_state_dict`.
+
+    Args:
+        params: parameters or groups of them; real, with dense gradients. Those of at least two dimensions may be
+            projected; their first dimension counts output channels.
+        lr: learning rate, at least 0; a number or 0-d tensor. 1e-3 is the authors'.
+        betas: decay rates of the moments per step, in [0, 1). (0.9, 0.999) is the authors'.
+        eps: added to the root of the second moment and to norms, at least 0. 1e-8 is the authors'.
+        weight_decay: decoupled, at least 0, in units of 1/lr. 1e-2 is the authors' example.
+        delta: threshold of the cosine between gradient and weight, times the root of the row's length, at least 0;
+            0 is AdamW. 0.1 is the paper's.
+        wd_ratio: weight decay of projected parameters over that of others, in [0, 1]. 0.1 is the paper's.
+        nesterov: use Nesterov momentum.
+        maximize: go uphill.
+        foreach: share calls among tensors; None is True. False is tensor by tensor, slower and the same.
+        compile: run the update as compiled kernels; takes some seconds at the first step.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, here or in a group.
+        RuntimeError: at a step, for sparse gradients, complex parameters, or `compile` without a compiler.
+
+    Paper: arXiv 2006.08217.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8))
+        >>> optimizer = AdamP(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(16, 4)).pow(3).mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.projected_fraction()
+        1.0
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ):
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "delta": delta}
+        options = {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "compile": compile}
+        super().__init__(params, {**numbers, "wd_ratio": wd_ratio, **options})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_ranges({**self.defaults, **param_group}, ADAM_RANGES)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        load_exactly(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _step(self, ADAM, ADAM_PLAIN, ("exp_avg", "exp_avg_sq"), _adam_scalars)
+        return loss
+
+    def projected_fraction(self) -> float:
+        """How many of the parameters of at least two dimensions their last step projected, in [0, 1]."""
+        return _projected_fraction(self)
+
+
+class SGDP(Optimizer):
+    """Momentum SGD that takes no step along weights whose length does not matter (those before a normalization
+    layer), which keeps momentum from making them longer and their effective steps shorter.
+
+    Use it with a decaying learning rate. Non-finite gradients and half precision are treated as by `AdamP`.
+
+    Args:
+        params: parameters or groups of them, as for `AdamP`.
+        lr: learning rate, at least 0; a number or 0-d tensor. 0.1 is the authors'.
+        momentum: decay rate of the momentum per step, in [0, 1). 0.9 is the authors' example.
+        dampening: of the gradient's entry into the momentum, in [0, 1). Unlike torch's SGD from the first step on.
+        weight_decay: decoupled, at least 0, in units of (1 - momentum) / lr. 1e-5 is the authors' example.
+        nesterov: use Nesterov momentum, as the authors' example does.
+        delta: threshold of the cosine between gradient and weight, times the root of the row's length, at least 0;
+            0 is SGD. 0.1 is the paper's.
+        wd_ratio: weight decay of projected parameters over that of others, in [0, 1]. 0.1 is the paper's.
+        eps: added to norms, at least 0. 1e-8 is the authors'.
+        maximize: go uphill.
+        foreach: share calls among tensors; None is True. False is tensor by tensor, slower and the same.
+        compile: run the update as compiled kernels; takes some seconds at the first step.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, here or in a group.
+        RuntimeError: at a step, for sparse gradients, complex parameters, or `compile` without a compiler.
+
+    Paper: arXiv 2006.08217.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.BatchNorm1d(8))
+        >>> optimizer = SGDP(model.parameters(), lr=0.1)
+        >>> model(torch.randn(16, 4)).pow(3).mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.projected_fraction()
+        1.0
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.1,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 1e-5,
+        nesterov: bool = True,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        eps: float = 1e-8,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ):
+        numbers = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        projection = {"delta": delta, "wd_ratio": wd_ratio, "eps": eps}
+        options = {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "compile": compile}
+        super().__init__(params, {**numbers, **projection, **options})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_ranges({**self.defaults, **param_group}, SGD_RANGES)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        load_exactly(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _step(self, SGD, SGD_PLAIN, ("momentum_buffer",), _sgd_scalars)
+        return loss
+
+    def projected_fraction(self) -> float:
+        """How many of the parameters of at least two dimensions their last step projected, in [0, 1]."""
+        return _projected_fraction(self)
+
+
+_paper = Paper(
+    "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", arxiv="2006.08217", year=2020
+)
+
+card = Card(
+    id="adamp",
+    paper=_paper,
+    changes="optim",
+    make=AdamP,
+    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdamP, **hyper)),
+    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    formula="u = m_hat / (sqrt(v_hat) + eps);  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
+)
+
+sgdp_card = Card(
+    id="sgdp",
+    paper=_paper,
+    changes="optim",
+    make=SGDP,
+    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(SGDP, **hyper)),
+    space={"lr": log_uniform(1e-3, 1.0), "weight_decay": log_uniform(1e-7, 1e-2)},
+    formula="u = momentum of g;  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
+)

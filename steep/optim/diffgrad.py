@@ -1,0 +1,153 @@
+"""diffGrad is Adam whose step is multiplied, element by element, by a friction between 1/2 and 1: near 1/2 where the
+gradient hardly changed since the last step (flat ground, a minimum nearby), near 1 where it changed much.
+
+For every element, with g the gradient at step t = 1, 2, ... and g' the one before (0 at first):
+
+    m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
+    xi = 1 / (1 + exp(-|g' - g|))                                                        in [1/2, 1)
+    p = p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * xi * m / (sqrt(v) + eps)
+
+Dubey et al.: diffGrad: An Optimization Method for Convolutional Neural Networks (arXiv 1909.11015), section III; all
+defaults are the paper's. Weight decay is coupled (an L2 penalty), as in the authors' code, and counts in g and g'.
+
+What differs, and why:
+- g' is a copy. The authors' first code kept the gradient tensor itself, which the next backward pass overwrites, so
+  that xi was always 1/2 (Adam at half the learning rate); the arXiv version has the results of the corrected code.
+- eps is added to sqrt(v) before the correction of its bias, as in the authors' code (Adam adds it after).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from steep.card import Card, Paper, log_uniform
+from steep.foreach import check_ranges, load_exactly, sweep
+
+RANGES = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    previous: Tensor,
+    *,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float | Tensor,
+    weight_decay: float | Tensor | None,
+    step_size: float | Tensor,
+    maximize: bool,
+) -> None:
+    """One step on tensors of one shape, in place; `step_size` is lr with the corrections of both biases."""
+    if maximize:
+        g = -g
+    if weight_decay is not None:
+        g = g + weight_decay * p
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    friction = (previous - g).abs_().sigmoid_()
+    previous.copy_(g)
+    p.addcdiv_(friction.mul_(m).mul_(-step_size), v.sqrt().add_(eps))
+
+
+def _scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
+    beta1, beta2 = map(float, group["betas"])
+    return {
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"] or None,
+        "step_size": float(group["lr"]) * math.sqrt(1 - beta2**t) / (1 - beta1**t),
+        "maximize": group["maximize"],
+    }
+
+
+class DiffGrad(Optimizer):
+    """Adam with a friction: each element's step is scaled by the sigmoid of how much its gradient has just changed,
+    which halves it on flat ground and near a minimum and leaves it nearly whole where the gradient changes fast.
+
+    A non-finite gradient is not absorbed: as in `torch.optim` it makes the parameter non-finite, unless the step is
+    skipped (as `torch.amp.GradScaler` does). The friction depends on the gradient's scale: for gradients far below 1
+    it stays near 1/2. The state of half-precision parameters is float32, also after `load_state_dict`.
+
+    Args:
+        params: parameters or groups of them, of any shape; real, with dense gradients.
+        lr: learning rate, at least 0; a number or 0-d tensor. 1e-3 is the paper's.
+        betas: decay rates of m and v per step, in [0, 1). (0.9, 0.999) is the paper's.
+        eps: added to the root of v, at least 0. 1e-8 is the paper's.
+        weight_decay: factor of the L2 penalty, at least 0. 0 is the authors'.
+        maximize: go uphill.
+        foreach: share calls among tensors; None is True. False is tensor by tensor, slower and the same.
+        compile: run the update as one compiled kernel; takes some seconds at the first step.
+
+    Raises:
+        ValueError: a hyper-parameter out of its range, here or in a group.
+        RuntimeError: at a step, for sparse gradients, complex parameters, or `compile` without a compiler.
+
+    Paper: arXiv 1909.11015.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = DiffGrad(model.parameters(), lr=1e-3)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(8, 4)).square().mean().backward()
+        ...     optimizer.step()
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg', 'exp_avg_sq', 'previous_grad', 'step']
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        compile: bool = False,
+    ):
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**numbers, "maximize": maximize, "foreach": foreach, "compile": compile})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_ranges({**self.defaults, **param_group}, RANGES)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        load_exactly(self, state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            sweep(self, group, update, STATE, partial(_scalars, group))
+        return loss
+
+
+card = Card(
+    id="diffgrad",
+    paper=Paper("diffGrad: An Optimization Method for Convolutional Neural Networks", arxiv="1909.11015", year=2019),
+    changes="optim",
+    make=DiffGrad,
+    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(DiffGrad, **hyper)),
+    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    formula="p -= lr xi m_hat / sqrt(v_hat)  (Adam's m, v),  xi = sigmoid(|g_previous - g|) in [1/2, 1)",
+)

@@ -1,0 +1,162 @@
+"""Parts that only automatic differentiation knows: layers without a rule, broadcast values, and everything else."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.func import functional_call, vjp, vmap
+
+from steep.per_example.parts import CHUNK, Part, height
+
+
+@dataclass
+class Blocks(Part):
+    """A part whose gradients are computed for a block of examples at a time.
+
+    Where the blocks do not fit into `CHUNK` elements at once, they are computed again for each pair of blocks.
+
+    Args:
+        block: per-example gradients of a range of examples, (n, *shape) for each parameter.
+        pull: their sum weighted by `w`, where there is a cheaper way to it than through the blocks.
+        masks: rows that count, one 0/1 vector per parameter.
+    """
+
+    params: tuple[Tensor, ...]
+    batch: int
+    block: Callable[[range], Sequence[Tensor]]
+    pull: Callable[[Tensor], Sequence[Tensor]] | None = None
+    masks: Sequence[Tensor] | None = None
+
+    def gram(self) -> Tensor:
+        gram = torch.zeros(self.batch, self.batch, dtype=torch.float64, device=self.params[0].device)
+        for rows, left in self._matrices():
+            gram[rows.start : rows.stop, rows.start : rows.stop] = left @ left.T
+            for columns, right in self._matrices(before=rows.start):
+                products = left @ right.T
+                gram[rows.start : rows.stop, columns.start : columns.stop] = products
+                gram[columns.start : columns.stop, rows.start : rows.stop] = products.T
+        return gram
+
+    def squares(self) -> Tensor:
+        return torch.cat([j.square().sum(1) for _, j in self._matrices()])
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        if self.pull is not None:
+            return tuple(t.view(p.shape) for t, p in zip(self._kept(self.pull(w), 0), self.params, strict=True))
+        flat = torch.stack([w[e.start : e.stop].to(j) @ j for e, j in self._matrices()]).sum(0)
+        pieces = flat.split([p.numel() for p in self.params])
+        return tuple(t.to(p.dtype).view(p.shape) for t, p in zip(pieces, self.params, strict=True))
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        flat = torch.cat([t.flatten() for t in v]).double()
+        return torch.cat([j @ flat for _, j in self._matrices()])
+
+    def masked(self, masks: Sequence[Tensor]) -> Blocks:
+        return replace(self, masks=masks)
+
+    def _matrices(self, before: int | None = None) -> Iterator[tuple[range, Tensor]]:
+        """Blocks of rows of J in float64, up to an example."""
+        end = self.batch if before is None else before
+        step = max(1, CHUNK // sum(p.numel() for p in self.params))
+        for start in range(0, end, step):
+            examples = range(start, min(start + step, end))
+            yield examples, torch.cat([t.flatten(1) for t in self._kept(self.block(examples), 1)], 1).double()
+
+    def _kept(self, tensors: Sequence[Tensor], lead: int) -> list[Tensor]:
+        """Tensors (..., *shape) as (..., rows, elements of a row), with the masked rows set to zero."""
+        shaped = [t.reshape(*t.shape[:lead], height(p), -1) for t, p in zip(tensors, self.params, strict=True)]
+        if self.masks is None:
+            return shaped
+        return [t * mask.to(t)[:, None] for t, mask in zip(shaped, self.masks, strict=True)]
+
+
+def gradients(
+    output: Tensor | GradientEdge, params: Sequence[Tensor], cotangent: Tensor, *, batched: bool
+) -> list[Tensor]:
+    """`torch.autograd.grad` with zeros for unused parameters; `batched`: for each entry of `cotangent`."""
+    if not batched:
+        found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+    try:
+        with unbatched_operations_allowed():
+            found = torch.autograd.grad(
+                output, params, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
+    except RuntimeError:  # an operation that vmap cannot batch
+        singles = [gradients(output, params, one, batched=False) for one in cotangent]
+        return [torch.stack(one) for one in zip(*singles, strict=True)]
+
+
+@contextmanager
+def unbatched_operations_allowed() -> Iterator[None]:
+    """Silence `vmap` about operations that it loops over: the user cannot change them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*batching rule")
+        yield
+
+
+def through_losses(losses: Tensor, params: tuple[Tensor, ...]) -> Blocks:
+    """Parameters used in any way at all: as many backwards through the losses as there are examples."""
+
+    def block(examples: range) -> Sequence[Tensor]:
+        one_hot = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[examples.start : examples.stop]
+        return gradients(losses, params, one_hot, batched=True)
+
+    return Blocks(params, len(losses), block, lambda w: gradients(losses, params, w.to(losses), batched=False))
+
+
+def through_broadcast(edge: GradientEdge, params: tuple[Tensor, ...], grad: Tensor) -> Blocks:
+    """Parameters behind a value that all examples share, such as position embeddings.
+
+    Args:
+        edge: where the value was computed.
+        grad: gradient of each example's own copy of it, (B, *shape of the value).
+    """
+
+    def block(examples: range) -> Sequence[Tensor]:
+        return gradients(edge, params, grad[examples.start : examples.stop], batched=True)
+
+    def pull(w: Tensor) -> Sequence[Tensor]:
+        return gradients(edge, params, torch.tensordot(w.to(grad), grad, 1), batched=False)
+
+    return Blocks(params, len(grad), block, pull)
+
+
+def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
+    """A layer without a rule, differentiated one example at a time.
+
+    Args:
+        inputs: by position or name; tensors whose first dimension is the batch hold one entry per example.
+        grad: gradient of the (first) output.
+    """
+    params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(grad)}
+
+    def call(values: dict[str, Tensor], example: dict[Any, Tensor]) -> Tensor:
+        given = {k: example[k][None] if k in example else v for k, v in inputs.items()}
+        args = tuple(v for k, v in given.items() if isinstance(k, int))
+        return first(functional_call(layer, values, args, {k: v for k, v in given.items() if isinstance(k, str)}))
+
+    def pull(example: dict[Any, Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+        (found,) = vjp(lambda values: call(values, example), params)[1](cotangent[None])
+        return tuple(found.values())
+
+    def block(examples: range) -> Sequence[Tensor]:
+        chosen = slice(examples.start, examples.stop)
+        with unbatched_operations_allowed():
+            return vmap(pull)({k: v[chosen] for k, v in batched.items()}, grad[chosen])
+
+    return Blocks(tuple(p for p in layer.parameters() if p.requires_grad), len(grad), block)
+
+
+def first(output: Any) -> Any:
+    """The output whose gradient is followed: the first of several (attention also returns its weights)."""
+    return output[0] if isinstance(output, tuple) and output else output

@@ -1,0 +1,91 @@
+"""The rule of embeddings: only equal tokens interact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from steep.per_example.layers import closed_form, trains
+from steep.per_example.parts import CHUNK, Part, Sliced
+
+
+@dataclass
+class Lookup(Sliced):
+    """An embedding table.
+
+    Args:
+        params: ``(table,)``, (V, e).
+        tokens: (B, T).
+        d: gradients of the looked-up vectors, (B, T, e).
+    """
+
+    params: tuple[Tensor, ...]
+    tokens: Tensor
+    d: Tensor
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        self.batch = len(self.tokens)
+        self.vocabulary = self.vocabulary or len(self.params[0])
+
+    @property
+    def height(self) -> int:
+        return self.vocabulary
+
+    def rows(self, rows: slice) -> Tensor:
+        count = rows.stop - rows.start
+        example, position = ((self.tokens >= rows.start) & (self.tokens < rows.stop)).nonzero(as_tuple=True)
+        cell = example * count + self.tokens[example, position] - rows.start
+        flat = self.d.new_zeros(self.batch * count, self.d.shape[2]).index_add_(0, cell, self.d[example, position])
+        return flat.view(self.batch, count, -1)
+
+    def gram(self) -> Tensor:
+        used, tokens = self.tokens.unique(return_inverse=True)
+        compact = replace(self, tokens=tokens, vocabulary=len(used))
+        example, token, vectors = compact._cells()
+        if len(vectors) ** 2 < self.batch**2 * len(used):
+            return self._pairwise(example, token, vectors.double())
+        return Sliced.gram(compact)
+
+    def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of every (example, token) that occurs: example (n,), token (n,), vector (n, e)."""
+        examples = torch.arange(self.batch, device=self.tokens.device)[:, None]
+        cells, cell = (examples * self.vocabulary + self.tokens).unique(return_inverse=True)
+        vectors = self.d.new_zeros(len(cells), self.d.shape[2]).index_add_(0, cell.flatten(), self.d.flatten(0, 1))
+        return cells // self.vocabulary, cells % self.vocabulary, vectors
+
+    def _pairwise(self, example: Tensor, token: Tensor, vectors: Tensor) -> Tensor:
+        step = max(1, CHUNK // len(vectors))
+        gram = self._zeros(self.batch, self.batch)
+        for k in range(0, len(vectors), step):
+            products = (vectors[k : k + step] @ vectors.T) * (token[k : k + step, None] == token)
+            by_column = products.new_zeros(len(products), self.batch).index_add_(1, example, products)
+            gram.index_add_(0, example[k : k + step], by_column)
+        return gram
+
+    def squares(self) -> Tensor:
+        example, _, vectors = self._cells()
+        return self._zeros(self.batch).index_add_(0, example, vectors.double().square().sum(1))
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        weighted = (self.d * w.to(self.d)[:, None, None]).flatten(0, 1)
+        return (self.d.new_zeros(self.params[0].shape).index_add_(0, self.tokens.flatten(), weighted),)
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        return (v[0][self.tokens] * self.d).sum((1, 2)).double()
+
+    def masked(self, masks: Sequence[Tensor]) -> Lookup:
+        return replace(self, d=self.d * masks[0].to(self.d)[self.tokens][..., None])
+
+
+@closed_form(nn.Embedding, applies=lambda layer: not layer.scale_grad_by_freq)
+def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    if not trains(layer.weight):
+        return
+    tokens, d = x.reshape(batch, -1), grad.reshape(batch, -1, layer.embedding_dim)
+    if layer.padding_idx is not None:
+        d = d * (tokens != layer.padding_idx)[..., None]
+    yield Lookup((layer.weight,), tokens, d)

@@ -1,0 +1,153 @@
+"""The engine: watches a model's layers, and turns a vector of losses into the rows of its Jacobian."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from steep.needs import NEEDS, UnmetNeed
+from steep.per_example.graph import trace
+from steep.per_example.parts import Part
+from steep.per_example.recording import Call, Recorder, recorded_layers
+from steep.per_example.rows import Rows, assemble
+
+TOLERANCE = 1e-3
+"""Largest relative difference from an ordinary backward that the check of the first batch accepts in float32."""
+NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the forward ran under no_grad)"
+
+
+class PerExample:
+    """Per-example gradients of any model, without the B x P matrix, for about the price of one more backward.
+
+    Closed forms cover Linear, Conv1d and Conv2d, LayerNorm, GroupNorm, BatchNorm in evaluation mode and Embedding,
+    tied and reused weights among them. Other layers are differentiated one example at a time, and parameters used
+    outside layers cost one backward per example. The rows are exact: on the first batch a weighted sum of them
+    is compared with an ordinary backward, and parameters that differ are left to autograd from then on.
+
+    Args:
+        model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
+        check: compare the first batch with an ordinary backward.
+
+    Attributes:
+        left_to_autograd: names of parameters whose layers' records proved unusable.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> engine = PerExample(model)
+        >>> losses = model(torch.randn(5, 3)).square().squeeze(1)
+        >>> rows = engine.rows(losses)
+        >>> rows.gram().shape, rows.norms().shape
+        (torch.Size([5, 5]), torch.Size([5]))
+    """
+
+    def __init__(self, model: nn.Module, *, check: bool = True):
+        self.model = model
+        self.left_to_autograd: set[str] = set()
+        self._unchecked = check
+        self._key = object()
+        handles = [
+            layer.register_forward_hook(Recorder(name, self._key), with_kwargs=True)
+            for name, layer in recorded_layers(model)
+        ]
+        self.remove = weakref.finalize(self, _remove_all, handles)
+
+    def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
+        """The rows of the Jacobian of `losses` with respect to the parameters that train, one per example.
+
+        Args:
+            losses: shape (B,), from a forward pass of the model; each entry depends on its own example only.
+            retain_graph: keep the graph for another call, as in `torch.autograd.grad`.
+
+        Raises:
+            ValueError: losses that are no vector, or that depend on nothing that trains.
+            UnmetNeed: a BatchNorm layer in training mode.
+        """
+        _check_vector(losses)
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
+        found = trace(losses, self._key, lambda call: self._accepts(call, len(losses), names), names)
+        outside = found.outside(names, self.left_to_autograd)
+        keep = retain_graph or self._unchecked or bool(outside)
+        parts = found.collect(losses, keep=keep, last=not retain_graph)
+        rows = assemble(parts, names, outside, losses)
+        if not rows.parts:
+            raise ValueError(NOTHING_TRAINS)
+        wrong = differing(rows, losses, found.eps) if self._unchecked else None
+        if wrong is None:
+            return rows
+        self._unchecked = False
+        self.left_to_autograd |= {names[p] for p in wrong}
+        _warn([name for p, name in names.items() if p in outside | wrong])
+        return assemble(parts, names, outside | wrong, losses) if wrong else rows
+
+    def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
+        """Whether a record is usable. A layer that once was not is left to autograd for good."""
+        if call.couples:
+            raise UnmetNeed(
+                "per-example gradients need examples that do not influence each other's outputs, but "
+                f"{call.name} ({type(call.layer).__name__}) is in training mode: {NEEDS['independent_examples'].remedy}"
+            )
+        trained = {names[p] for p in call.params if p in names}
+        if call.holds(batch) and not trained & self.left_to_autograd:
+            return True
+        self.left_to_autograd |= trained
+        return False
+
+
+def _remove_all(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _check_vector(losses: Tensor) -> None:
+    if losses.ndim != 1 or len(losses) == 0 or not losses.is_floating_point():
+        raise ValueError(
+            f"losses must be a floating-point vector with one entry per example, got shape {tuple(losses.shape)} and "
+            f"{losses.dtype}: {NEEDS['losses'].remedy}"
+        )
+    if losses.grad_fn is None:
+        raise ValueError(NOTHING_TRAINS)
+
+
+def _warn(slow: list[str]) -> None:
+    if slow:
+        warnings.warn(
+            f"each step takes one more backward per example for {', '.join(slow[:5])}{', ...' if slow[5:] else ''}: "
+            "used outside layers, or by layers that no rule describes",
+            stacklevel=3,
+        )
+
+
+def differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
+    """Parameters for which a weighted sum of the rows is not what autograd finds; `None` if that is not finite.
+
+    Args:
+        eps: rounding of the types that were computed in.
+    """
+    w = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype, device=losses.device)
+    gradients = torch.autograd.grad(losses, rows.params, w, retain_graph=True, allow_unused=True)
+    expected = {p: torch.zeros_like(p) if g is None else g for p, g in zip(rows.params, gradients, strict=True)}
+    total = sum(g.double().square().sum().item() for g in expected.values()) ** 0.5
+    if not total < float("inf"):
+        return None
+    found = {p: g for part in rows.parts for p, g in _weighted(part, w)}
+    eps = max(eps, torch.finfo(losses.dtype).eps)
+    relative, absolute = max(TOLERANCE, eps**0.5), 10 * eps * total
+    allowed = {p: relative * g.double().norm().item() + absolute for p, g in expected.items()}
+    return {p for p, g in expected.items() if _distance(found.get(p), g) > allowed[p]}
+
+
+def _weighted(part: Part, w: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    try:
+        return list(zip(part.params, part.vjp(w), strict=True))
+    except Exception:  # whatever a layer without a rule raises under vmap; its parameters then differ
+        return []
+
+
+def _distance(found: Tensor | None, expected: Tensor) -> float:
+    return (expected if found is None else found - expected).double().norm().item()

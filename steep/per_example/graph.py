@@ -1,0 +1,162 @@
+"""Walking the autograd graph back from the losses, and the one backward that collects the parts.
+
+The walk steps over recorded calls. A parameter that it still meets was used in a way that no record describes,
+and is left to autograd: nothing can be left out unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from steep.per_example.autodiff import through_broadcast
+from steep.per_example.parts import Part
+from steep.per_example.recording import Call
+
+BROADCASTING = ("AddBackward0", "ExpandBackward0")
+"""Operations whose gradient has a batch dimension even where the value that they take has none."""
+
+
+@dataclass(eq=False)
+class Broadcast:
+    """A value that all examples share, such as position embeddings, at the operation that adds it to a batch."""
+
+    node: Node
+    edge: GradientEdge
+    shape: torch.Size
+    params: tuple[Tensor, ...]
+    parts: list[Part] = field(default_factory=list)
+
+    def receive(self, grads: tuple[Tensor, ...]) -> None:
+        (grad,) = grads
+        shape = (1,) * (grad.ndim - len(self.shape)) + tuple(self.shape)
+        summed = [k for k in range(1, grad.ndim) if shape[k] == 1 and grad.shape[k] > 1]
+        own = (grad.sum(summed) if summed else grad).reshape(len(grad), *self.shape)
+        self.parts = [through_broadcast(self.edge, self.params, own)]
+
+
+@dataclass
+class Trace:
+    """What the walk found.
+
+    Args:
+        calls, broadcasts: where parts will come from.
+        leaves: leaves used outside of them.
+        ends: edges where the walk ended otherwise; with the leaves, all that a backward must reach.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    broadcasts: list[Broadcast] = field(default_factory=list)
+    leaves: dict[Any, None] = field(default_factory=dict)
+    ends: list[GradientEdge] = field(default_factory=list)
+
+    @property
+    def taps(self) -> list[Call | Broadcast]:
+        return [*self.calls, *self.broadcasts]
+
+    @property
+    def eps(self) -> float:
+        """Rounding of the coarsest type that the recorded layers computed in."""
+        return max((torch.finfo(call.dtype).eps for call in self.calls), default=0.0)
+
+    def outside(self, names: dict[Tensor, str], left_to_autograd: set[str]) -> set[Tensor]:
+        """Parameters for autograd: used outside records, or several times where one use has no closed form."""
+        uses = Counter(p for tap in self.taps for p in tap.params)
+        known = self.leaves.keys() | {p for p, name in names.items() if name in left_to_autograd or uses[p] > 1}
+        unshareable = [call.params for call in self.calls if call.rule is None] + [b.params for b in self.broadcasts]
+        together = {p for params in unshareable if known & set(params) for p in params}
+        return {p for p in (*self.leaves, *together) if p in names}
+
+    def collect(self, losses: Tensor, *, keep: bool, last: bool) -> list[Part]:
+        """One backward with respect to activations; no path to its ends needs a weight gradient.
+
+        Args:
+            keep: the graph, for further backwards.
+            last: no other rows will be made from these records.
+        """
+        for call in self.calls:
+            call.batch, call.last = len(losses), last
+        hooks = [broadcast.node.register_prehook(broadcast.receive) for broadcast in self.broadcasts]
+        try:
+            inputs = [*self.ends, *self.leaves]
+            torch.autograd.grad(losses, inputs, torch.ones_like(losses), retain_graph=keep, allow_unused=True)
+            return [part for tap in self.taps for part in tap.parts]
+        finally:
+            for call in self.calls:
+                call.batch, call.parts = None, []
+                call.close()
+            for hook in hooks:
+                hook.remove()
+
+
+def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: dict[Tensor, str]) -> Trace:
+    """Walk from the losses to leaves and to calls whose inputs need no gradient.
+
+    Args:
+        key: of the engine's records in the nodes' metadata.
+        accepts: whether a call is to be used; through others the walk goes on as if they had not been recorded.
+    """
+    found = Trace()
+    seen: set[Node] = set()
+    todo: list[Any] = [losses.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if _is_leaf(node):
+            found.leaves[_leaf(node)] = None
+            continue
+        seen.add(node)
+        call = node.metadata.get(key)
+        if call is not None and accepts(call):
+            found.calls.append(call)
+            todo += call.upstream
+            found.ends += [] if call.upstream else [GradientEdge(node, call.output_nr)]
+            continue
+        for edge in node.next_functions:
+            broadcast = _broadcast(node, edge, len(losses), names)
+            if broadcast is None:
+                todo.append(edge[0])
+            else:
+                found.broadcasts.append(broadcast)
+                found.ends.append(broadcast.edge)
+    return found
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, Tensor) or (not node.next_functions and hasattr(node, "variable"))
+
+
+def _leaf(node: Any) -> Tensor:
+    return node if isinstance(node, Tensor) else node.variable
+
+
+def _broadcast(node: Any, edge: tuple[Any, int], batch: int, names: dict[Tensor, str]) -> Broadcast | None:
+    child, nr = edge
+    if child is None or node.name() not in BROADCASTING or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    shape, batched = child._input_metadata[nr].shape, node._input_metadata[0].shape
+    lacks_batch = len(shape) < len(batched) or shape[0] == 1
+    if batch == 1 or not batched or batched[0] != batch or not lacks_batch:
+        return None
+    params = tuple(dict.fromkeys(leaf for leaf in _leaves(child) if leaf in names))
+    return Broadcast(node, GradientEdge(child, nr), shape, params) if params else None
+
+
+def _leaves(node: Node) -> Iterator[Tensor]:
+    seen: set[Any] = set()
+    todo: list[Any] = [node]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if _is_leaf(node):
+            yield _leaf(node)
+        todo += [child for child, _ in node.next_functions]

@@ -1,0 +1,113 @@
+"""Rules: from a layer's inputs and output gradients to the parts of its parameters.
+
+`closed_form(type)` registers a rule; third parties register theirs the same way. A rule is called as
+``rule(layer, x, grad, batch)`` with the layer's first input and the gradient of its output (of the summed
+losses), whose leading dimension is the batch or a multiple of it, and yields parts of the parameters that
+require a gradient. A layer without a rule is left to `autodiff.local`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steep.per_example.parts import CHUNK, Dense, Outer, Part
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A closed form, and the number of trailing dimensions of the layer's output that belong to one sample."""
+
+    parts: Callable[[Any, Tensor, Tensor, int], Iterator[Part]]
+    sample_dims: Callable[[Any], int]
+    applies: Callable[[Any], bool]
+
+
+RULES: dict[type[nn.Module], Rule] = {}
+ALL_BUT_FIRST = lambda layer: -1  # noqa: E731  (a sample is whatever follows the first dimension)
+
+
+def closed_form(
+    *layers: type[nn.Module],
+    sample_dims: Callable[[Any], int] = lambda layer: 1,
+    applies: Callable[[Any], bool] = lambda layer: True,
+) -> Callable[[Any], Any]:
+    """Register a rule for layers of these types.
+
+    Args:
+        layers: types whose own `forward` the rule describes; a subclass that overrides it is left alone.
+        sample_dims: ``sample_dims(layer)``: trailing dimensions of the output that belong to one sample.
+        applies: ``applies(layer)``: whether the rule covers the layer's options.
+    """
+
+    def register(parts: Any) -> Any:
+        RULES.update(dict.fromkeys(layers, Rule(parts, sample_dims, applies)))
+        return parts
+
+    return register
+
+
+def rule_of(layer: nn.Module) -> Rule | None:
+    """The closed form of a layer, or `None`: no rule, an overridden `forward`, or weights that are computed."""
+    for kind in type(layer).__mro__:
+        if kind in RULES:
+            own = type(layer).forward is kind.forward and {"weight", "bias"} >= set(layer._parameters) >= {"weight"}
+            return RULES[kind] if own and RULES[kind].applies(layer) else None
+    return None
+
+
+def trains(parameter: Tensor | None) -> TypeGuard[Tensor]:
+    return parameter is not None and parameter.requires_grad
+
+
+@closed_form(nn.Linear)
+def linear(layer: nn.Linear, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    d, a = grad.reshape(batch, -1, layer.out_features), x.reshape(batch, -1, layer.in_features)
+    if trains(layer.weight):
+        yield Outer((layer.weight, layer.bias) if trains(layer.bias) else (layer.weight,), d, a)
+    elif trains(layer.bias):
+        yield Dense((layer.bias,), d.sum(1))
+
+
+Map = Callable[[Tensor], Tensor]
+
+
+def scale_and_shift(layer: Any, normalize: Map, sums: Map, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    """Gradients of ``y = weight * normalize(x) + bias``; `sums` adds up the dimensions that the parameters lack."""
+    step = max(1, CHUNK // x[0].numel())
+    if trains(layer.weight):
+        pieces = [sums(grad[k : k + step] * normalize(x[k : k + step])) for k in range(0, len(x), step)]
+        yield Dense((layer.weight,), torch.cat(pieces).reshape(batch, -1, *layer.weight.shape).sum(1))
+    if trains(layer.bias):
+        yield Dense((layer.bias,), sums(grad).reshape(batch, -1, *layer.bias.shape).sum(1))
+
+
+def over_space(t: Tensor) -> Tensor:
+    return t.reshape(*t.shape[:2], -1).sum(2)
+
+
+@closed_form(nn.LayerNorm, sample_dims=lambda layer: len(layer.normalized_shape))
+def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    shape = layer.normalized_shape
+    normalize = partial(F.layer_norm, normalized_shape=shape, eps=layer.eps)
+    yield from scale_and_shift(layer, normalize, lambda t: t, x.reshape(-1, *shape), grad.reshape(-1, *shape), batch)
+
+
+@closed_form(nn.GroupNorm, sample_dims=ALL_BUT_FIRST)
+def group_norm(layer: nn.GroupNorm, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    normalize = partial(F.group_norm, num_groups=layer.num_groups, eps=layer.eps)
+    yield from scale_and_shift(layer, normalize, over_space, x, grad, batch)
+
+
+@closed_form(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, sample_dims=ALL_BUT_FIRST)
+def batch_norm(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    """Evaluation mode only: in training mode the engine refuses the layer."""
+    mean, var = layer.running_mean, layer.running_var
+    normalize = partial(F.batch_norm, running_mean=mean, running_var=var, eps=layer.eps)
+    yield from scale_and_shift(layer, normalize, over_space, x, grad, batch)

@@ -1,0 +1,236 @@
+"""Parts of the per-example Jacobian J (B x P), one per layer, that are worked with but never stored whole.
+
+A part stands for the B gradients of one layer's parameters. Closed forms hold what a backward pass leaves
+behind (layer inputs `a`, output gradients `d`) and rebuild the gradients a slice of rows at a time, at most
+`CHUNK` elements; a *row* is an index of the parameter's first dimension (an output neuron, a channel, a
+token). All sums over parameters are accumulated in float64: the Gram matrix squares the condition number.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**19
+"""Elements of an explicit slice of per-example gradients (2 MiB in float32)."""
+
+
+class Part(ABC):
+    """What the engine asks of a part. `B` is the number of examples; weights `w` have shape (B,)."""
+
+    params: tuple[Tensor, ...]
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """Inner products of the per-example gradients, (B, B), float64."""
+
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """Their squared norms, (B,), float64."""
+
+    @abstractmethod
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        """Their sum weighted by `w`, one tensor per parameter."""
+
+    @abstractmethod
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        """Their inner products with `v` (one tensor per parameter), (B,), float64."""
+
+    @abstractmethod
+    def masked(self, masks: Sequence[Tensor]) -> Part:
+        """The same part with rows set to zero; one 0/1 vector per parameter."""
+
+    def split(self) -> Sequence[Part]:
+        """Parts of one parameter each, where that is possible."""
+        return (self,)
+
+
+def height(p: Tensor) -> int:
+    """Number of rows of a parameter; a 0-d parameter has one."""
+    return p.shape[0] if p.ndim else 1
+
+
+class Sliced(Part):
+    """A part of one parameter that gives its gradients a slice of rows at a time; the algebra follows from that.
+
+    A closed form of one's own needs only `params`, `batch`, `rows` and `masked`.
+    """
+
+    batch: int
+
+    @abstractmethod
+    def rows(self, rows: slice) -> Tensor:
+        """Per-example gradients of these rows of the parameter, (B, number of rows, elements of a row)."""
+
+    @abstractmethod
+    def masked(self, masks: Sequence[Tensor]) -> Sliced:
+        """The same part with rows set to zero."""
+
+    @property
+    def height(self) -> int:
+        return height(self.params[0])
+
+    @property
+    def width(self) -> int:
+        return self.params[0].numel() // height(self.params[0])
+
+    def slices(self) -> Iterator[slice]:
+        step = max(1, CHUNK // (self.batch * self.width))
+        return (slice(start, min(start + step, self.height)) for start in range(0, self.height, step))
+
+    def gram(self) -> Tensor:
+        total = self._zeros(self.batch, self.batch)
+        for rows in self.slices():
+            j = self.rows(rows).flatten(1).double()
+            total.addmm_(j, j.T)
+        return total
+
+    def squares(self) -> Tensor:
+        return sum((self.rows(rows).double().square().sum((1, 2)) for rows in self.slices()), self._zeros(self.batch))
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        slices = [torch.tensordot(w.to(j), j, 1) for j in map(self.rows, self.slices())]
+        return (torch.cat(slices).view(self.params[0].shape),)
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        matrix = v[0].reshape(height(v[0]), -1)
+        return sum(
+            ((self.rows(rows) * matrix[rows]).sum((1, 2)).double() for rows in self.slices()), self._zeros(self.batch)
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float64, device=self.params[0].device)
+
+
+@dataclass
+class Dense(Sliced):
+    """Gradients small enough to hold: biases, norms' scales, early convolutions. `j` has shape (B, *parameter's)."""
+
+    params: tuple[Tensor, ...]
+    j: Tensor
+
+    def __post_init__(self) -> None:
+        self.batch = len(self.j)
+        self.j = self.j.reshape(self.batch, self.height, -1)
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.j[:, rows]
+
+    def masked(self, masks: Sequence[Tensor]) -> Dense:
+        return Dense(self.params, self.j * masks[0].to(self.j)[:, None])
+
+
+@dataclass
+class Outer(Sliced):
+    """A linear map's weight, and its bias with it: gradients ``sum_t d_t a_t^T`` over T positions.
+
+    Args:
+        params: ``(weight,)`` or ``(weight, bias)``.
+        d: gradients of the outputs, (B, T, o).
+        a: inputs, (B, T, i).
+    """
+
+    params: tuple[Tensor, ...]
+    d: Tensor
+    a: Tensor
+
+    def __post_init__(self) -> None:
+        self.batch, self.positions, self.outputs = self.d.shape
+        self.has_bias = len(self.params) == 2
+
+    @property
+    def height(self) -> int:
+        return self.outputs
+
+    @property
+    def width(self) -> int:
+        return self.a.shape[2]
+
+    def rows(self, rows: slice) -> Tensor:
+        return self.d[:, :, rows].mT @ self.a
+
+    def gram(self) -> Tensor:
+        size = self.height * self.width
+        if self.positions**2 * (self.height + self.width) < size * (1 + self.positions / self.batch):
+            return self._pairwise()
+        if self.has_bias:
+            return sum(part.gram() for part in self.split())  # type: ignore[return-value]
+        # transposing leaves inner products as they are; fewer, longer slices copy less
+        return Outer(self.params, self.a, self.d).gram() if self.width > self.height else super().gram()
+
+    def _pairwise(self) -> Tensor:
+        """``(A A^T + 1) * (D D^T)`` over pairs of positions, summed over each pair of examples."""
+        step = max(1, CHUNK // (self.positions**2 * self.batch))
+        return torch.cat([self._pairs(slice(k, k + step)) for k in range(0, self.batch, step)])
+
+    def _pairs(self, left: slice) -> Tensor:
+        pairs = _kernel(self.a, left)
+        pairs = (pairs.add_(1) if self.has_bias else pairs).mul_(_kernel(self.d, left))
+        return pairs if self.positions == 1 else pairs.view(-1, self.positions, self.batch, self.positions).sum((1, 3))
+
+    def squares(self) -> Tensor:
+        if self.positions > 1:
+            return super().squares() + (self._bias().squares() if self.has_bias else 0)
+        a, d = (t.double().square().sum((1, 2)) for t in (self.a, self.d))
+        return (a + self.has_bias) * d
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        d = (self.d * w.to(self.d)[:, None, None]).flatten(0, 1)
+        weight = (d.T @ self.a.flatten(0, 1)).view(self.params[0].shape)
+        return (weight, d.sum(0)) if self.has_bias else (weight,)
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        moved = self.a @ v[0].flatten(1).T
+        return ((moved + v[1] if self.has_bias else moved) * self.d).sum((1, 2)).double()
+
+    def masked(self, masks: Sequence[Tensor]) -> Outer:
+        return replace(self, d=self.d * masks[0].to(self.d))
+
+    def split(self) -> Sequence[Part]:
+        return (replace(self, params=self.params[:1]), self._bias()) if self.has_bias else (self,)
+
+    def _bias(self) -> Dense:
+        return Dense((self.params[1],), self.d.sum(1))
+
+
+def _kernel(t: Tensor, left: slice) -> Tensor:
+    """Inner products of the positions (B, T, n) of some examples with those of all."""
+    doubled = t.double()
+    return doubled[left].flatten(0, 1) @ doubled.flatten(0, 1).T
+
+
+@dataclass
+class Uses(Sliced):
+    """One parameter used several times (tied or reused): the uses' gradients are summed before anything is squared."""
+
+    params: tuple[Tensor, ...]
+    uses: Sequence[Sliced]
+
+    def __post_init__(self) -> None:
+        self.batch = self.uses[0].batch
+
+    def rows(self, rows: slice) -> Tensor:
+        return torch.stack([use.rows(rows) for use in self.uses]).sum(0)
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        return (torch.stack([use.vjp(w)[0] for use in self.uses]).sum(0),)
+
+    def jvp(self, v: Sequence[Tensor]) -> Tensor:
+        return torch.stack([use.jvp(v) for use in self.uses]).sum(0)
+
+    def masked(self, masks: Sequence[Tensor]) -> Uses:
+        return replace(self, uses=[use.masked(masks) for use in self.uses])
+
+
+def combine(uses: Sequence[Sliced]) -> Sliced:
+    """One part for all uses of one parameter; uses of one linear map become more positions of it."""
+    if len(uses) == 1:
+        return uses[0]
+    linear = [use for use in uses if isinstance(use, Outer)]
+    if len(linear) < len(uses):
+        return Uses(uses[0].params[:1], uses)
+    return replace(linear[0], d=torch.cat([u.d for u in linear], 1), a=torch.cat([u.a for u in linear], 1))

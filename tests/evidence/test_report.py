@@ -1,0 +1,600 @@
+"""The report: what it says, that it is one safe file, and that its curves are drawn in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import gzip
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from steep.evidence import figures, report, statistics, table
+from steep.evidence.study import Arm, Comparison, RunRecord, Study
+
+NASTY = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>\"'{{7*7}}"
+METRICS = {"loss": False, "accuracy": True}
+
+
+# A synthetic study --------------------------------------------------------------------------------------------------
+
+
+def record(
+    name: str, seed: int, level: float = 1.0, speed: float = 1.0, diverged: bool = False, **changes: Any
+) -> RunRecord:
+    """A run whose loss falls to about `level` / 10; the seed's split is the same for every arm."""
+    split = np.random.default_rng(seed).normal(0, 0.2)
+    own = np.random.default_rng([seed, *name.encode()]).normal(0, 0.03)
+    final = 0.1 * level * math.exp(split + own)
+    curve = [
+        {"step": 20 * i, "examples": 640 * i, "seconds": 0.1 * i * speed * (1 + 0.01 * seed), "cpu_seconds": 0.1 * i}
+        | {"loss": final + math.exp(-i / 3), "accuracy": 1 - final}
+        for i in range(1, 26)
+    ]
+    costs: dict[str, Any] = {"seconds": curve[-1]["seconds"], "cpu_seconds": 2.5, "steps": 500, "examples": 16000}
+    fields: dict[str, Any] = {
+        "methods": [] if name in ("baseline", "A/A") else [(name, {"lr": 0.01, "rank": 8})],
+        "split_seed": seed,
+        "curve": [] if diverged else curve,
+        "val": {} if diverged else {"loss": curve[-1]["loss"], "accuracy": 1 - final},
+        "test": {} if diverged else {"loss": final, "accuracy": 1 - final},
+        "versions": {"torch": "2.13"},
+        "hardware": {"cores": 2, "gpu": None},
+        "peak_memory": 80_000_000,
+    }
+    outcome = "diverged" if diverged else "finished"
+    message = "the loss is not finite at step 3" if diverged else ""
+    return RunRecord(
+        f"{name}-{seed}", name, "confirm", lr_scale=1.0, seed=seed, budget={"steps": 500}, outcome=outcome,
+        message=message, **({} if diverged else costs), **(fields | changes),
+    )  # fmt: skip
+
+
+def compared(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, Comparison]:
+    return {
+        score: statistics.compare(
+            [r.test.get(score) for r in runs],
+            [r.test.get(score) for r in baseline],
+            score=score,
+            higher_is_better=higher,
+            relative=score == "loss",
+        )
+        for score, higher in METRICS.items()
+    }
+
+
+def make_study(methods: dict[str, dict[str, Any]], seeds: int = 8, **changes: Any) -> Study:
+    """Methods are given as what `record` takes beside name and seed; "diverges" lists seeds that diverge."""
+    base = [record("baseline", s) for s in range(seeds)]
+    arms = [Arm("baseline", runs=base, hyper={"lr_scale": 1.0}, trials=base[:2], time_to_target=[2.0] * seeds)]
+    for name, given in [*methods.items(), ("A/A", {})]:
+        options = dict(given)
+        lost, noop = options.pop("diverges", ()), options.pop("did_nothing", False)
+        runs = [record(name, s, diverged=s in lost, **options) for s in range(seeds)]
+        scores = compared(runs, base)
+        arms.append(
+            Arm(
+                name,
+                summary=f"What {name} changes.",
+                paper="https://arxiv.org/abs/2010.07468",
+                hyper={"lr": 0.01, "rank": 8},
+                trials=[replace(runs[0], methods=[(name, {"lr": 0.5, "rank": 2})]), runs[-1]] if name != "A/A" else [],
+                runs=runs,
+                equal_time=[record(name, s, **{**options, "speed": 0.9}) for s in range(seeds)],
+                scores=scores,
+                scores_at_equal_time={} if name == "A/A" else scores,
+                time_to_target=[1.0 + 0.1 * s if s % 2 else None for s in range(seeds)],
+                did_nothing=noop,
+            )
+        )
+    fields: dict[str, Any] = {"command": "steep compare digits --methods sven", "target_loss": 0.101} | changes
+    return Study("digits", "digits", arms, "loss", METRICS, list(range(seeds)), **fields)
+
+
+def draw(folder: Path, size: tuple[int, int] = (60, 40)) -> Path:
+    """A PNG of noise."""
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "drawn.png")
+    return folder / "drawn.png"
+
+
+def with_pictures(study: Study, name: str) -> Study:
+    arms = [replace(a, runs=[replace(r, picture=name) if r.test else r for r in a.runs]) for a in study.arms]
+    return replace(study, arms=arms, target_picture=name)
+
+
+@pytest.fixture(scope="module")
+def usual() -> Study:
+    """One method that helps, one that hurts and diverges at times, one without effect, one that did nothing."""
+    methods: dict[str, dict[str, Any]] = {
+        "sven": {"level": 0.6, "speed": 2.0},
+        "wild": {"level": 2.0, "diverges": (1, 4)},
+        "same": {},
+    }
+    return make_study(
+        {**methods, "noop": {"did_nothing": True}},
+        left_out={"sdae": "it needs val_batch"},
+        warnings=["The load changed."],
+    )
+
+
+@pytest.fixture(scope="module")
+def page(usual: Study, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return report.html(usual, tmp_path_factory.mktemp("store"))
+
+
+def text_of(page: str) -> str:
+    """What a reader sees: no styles, scripts or tags, single spaces."""
+    bare = re.sub(r"<(style|script)\b.*?</\1>", " ", page, flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", bare).replace("\u202f", " ").split())
+
+
+# What it says -------------------------------------------------------------------------------------------------------
+
+
+def test_page_opens_with_the_conclusion_in_words(usual: Study, page: str) -> None:
+    text = text_of(page)
+    assert "Of 4 methods, 1 helps, 1 hurts, 1 shows no evidence of a difference and 1 did nothing." in text
+    for arm in table.ranked(usual)[1:]:
+        said = table.said_of(arm, usual)
+        assert said.finding in text.replace("&#39;", "'")
+        assert said.support.lower() in text.lower()
+    assert text.index("Of 4 methods") < text.index("How large is the difference?") < text.index("In numbers")
+
+
+def test_page_shows_every_row_of_the_table(usual: Study, page: str) -> None:
+    text = text_of(page)
+    for arm in usual.arms:
+        assert " ".join(filter(None, table.cells(arm, usual).values())) in text
+
+
+def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: str) -> None:
+    text = text_of(page)
+    for words in (
+        "A/A (the baseline against itself)",
+        "noop did nothing",
+        "wild : 2 of 8 confirmation runs did not finish",
+        "The load changed.",
+        "sdae it needs val_batch",
+        "steep compare digits --methods sven",
+        "ms per step",
+        "lr=0.01, rank=8",
+        "diverged: the loss is not finite at step 3",
+        "16 000",
+        "torch 2.13",
+        "cores 2",
+        "4 of 8",  # of sven's seeds reached the target
+    ):
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "headline"),
+    [
+        ([], "No method was compared"),
+        (["helps"], "m0 helps"),
+        (["hurts", "hurts"], "All 2 methods hurt"),
+        (["helps", "helps", "no evidence"], "Of 3 methods, 2 help and 1 shows no evidence of a difference"),
+        (["too few seeds"], "m0 has too few seeds for a verdict"),
+    ],
+)
+def test_headline_counts_verdicts(verdicts: list[str], headline: str) -> None:
+    scored = compared([record("x", 0)], [record("baseline", 0)])["loss"]
+    arms = [Arm(f"m{i}", scores={"loss": replace(scored, verdict=v)}) for i, v in enumerate(verdicts)]
+    assert report.headline(Study("r", "r", [Arm("baseline"), *arms], "loss", METRICS, [0])) == headline
+
+
+def test_chosen_trial_is_marked(page: str) -> None:
+    chosen = re.findall(r'<tr class="best">(.*?)</tr>', page, flags=re.S)
+    assert len(chosen) == 5  # every arm but the control has one
+    assert all("lr=0.01, rank=8" in row or "lr × 1" in row for row in chosen)
+    assert not any("rank=2" in row for row in chosen)
+
+
+def test_chosen_trial_of_joined_methods_is_found() -> None:
+    methods = [("a", {"lr": 0.1, "k": 3}), ("b", {"lr": 0.2})]
+    run = record("a+b", 0, methods=methods)
+    study = make_study({"a+b": {}}, seeds=1)
+    arm = replace(study.arms[1], hyper={"a.lr": 0.1, "b.lr": 0.2}, trials=[record("a+b", 1), run])
+    found = figures.tuning(replace(study, arms=[study.arms[0], arm]))["rows"][1]
+    assert [chosen for _, _, chosen in found["runs"]] == [False, True]
+
+
+# One safe file ------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
+    study = make_study({NASTY: {"diverges": (0,)}}, seeds=6, left_out={NASTY: NASTY}, warnings=[NASTY], command=NASTY)
+    arms = [replace(a, summary=NASTY, paper="javascript:alert(1)", hyper={NASTY: NASTY}) for a in study.arms]
+    study = replace(study, recipe=NASTY, source=NASTY, arms=arms)
+    page = report.html(study, tmp_path)
+    assert "<img" not in page
+    assert "javascript:alert" not in page
+    assert "hacked'</script>" not in page
+    assert "{{7*7}}" in text_of(page)
+    assert page.count("</script>") == 3  # data, Plotly, our own
+    names = [arm["name"] for arm in curves_in(page)["arms"]]
+    assert names == ["baseline", NASTY, "A/A"]
+
+
+def test_page_needs_no_network(page: str) -> None:
+    bare = page.replace(report.compressed_plotly(), "")
+    links = re.findall(r'<a href="([^"]*)"', bare)
+    assert set(links) == {"https://arxiv.org/abs/2010.07468"}
+    without_links = re.sub(r"<a [^>]*>", "", bare)
+    assert not re.search(r"https?:|//cdn|@import|<link rel=.stylesheet", without_links)
+    assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', without_links))
+
+
+def test_page_of_ten_methods_with_pictures_is_small_and_quickly_made(tmp_path: Path) -> None:
+    report.compressed_plotly.cache_clear()
+    y, x = np.mgrid[0:300, 0:400]
+    waves = np.stack([np.sin(x * f / 9) * np.cos(y * f / 7) for f in (1, 2, 3)], -1) * 90 + 128
+    grain = np.random.default_rng(0).normal(0, 6, waves.shape)  # such as a photograph has
+    Image.fromarray((waves + grain).clip(0, 255).astype(np.uint8)).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > 200_000
+    study = with_pictures(make_study({f"method-{i}": {"level": 1 + i / 9} for i in range(10)}), "large.png")
+    start = time.process_time()
+    page = report.html(study, tmp_path)
+    assert time.process_time() - start < 5
+    assert len(page.encode()) <= 3_000_000
+
+
+def test_plotly_survives_compression() -> None:
+    script = gzip.decompress(base64.b64decode(report.compressed_plotly())).decode()
+    assert "Plotly" in script
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", report.compressed_plotly())
+
+
+# Pictures -----------------------------------------------------------------------------------------------------------
+
+
+def embedded(page: str) -> Iterable[bytes]:
+    return (base64.b64decode(data) for data in re.findall(r'src="data:image/\w+;base64,([^"]+)"', page))
+
+
+def test_small_pictures_are_embedded_byte_for_byte(usual: Study, tmp_path: Path) -> None:
+    path = draw(tmp_path)
+    page = report.html(with_pictures(usual, path.name), tmp_path)
+    assert list(embedded(page)) == [path.read_bytes()] * 7  # target, baseline, four methods, control
+    assert "Of every arm, the seed whose test loss is the median" in text_of(page)
+
+
+def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
+    draw(tmp_path, (900, 300))
+    uri = report.picture(tmp_path, "drawn.png")
+    assert uri is not None
+    assert uri.startswith("data:image/webp;base64,")
+    small = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    assert small.size == (report.PIXELS, report.PIXELS // 3)
+
+
+def test_each_picture_comes_from_the_seed_with_the_median_loss(tmp_path: Path) -> None:
+    study = with_pictures(make_study({"sven": {}}, seeds=7), draw(tmp_path).name)
+    for arm, run, _ in report.pictures(study, tmp_path):
+        assert run.test["loss"] == np.median([r.test["loss"] for r in arm.runs])
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_missing_or_damaged_pictures_are_said_to_be_missing(
+    content: bytes | None, usual: Study, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "gone.png").write_bytes(content)
+    page = report.html(with_pictures(usual, "gone.png"), tmp_path)
+    assert text_of(page).count("picture missing") == 6
+
+
+def test_pictures_outside_the_store_are_not_read(tmp_path: Path) -> None:
+    draw(tmp_path)
+    (tmp_path / "store").mkdir()
+    assert report.picture(tmp_path / "store", "../drawn.png") is None
+    assert report.picture(tmp_path, "drawn.png") is not None
+
+
+# Incomplete studies -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        Study("r", "r", [], "loss", METRICS, []),
+        Study("r", "r", [Arm("baseline")], "loss", METRICS, [0]),
+        make_study({}),
+        make_study({"sven": {}}, seeds=1),
+        make_study({"sven": {"diverges": range(8)}}),
+        make_study({"sven": {"curve": []}}),
+        make_study({"sven": {"peak_memory": None, "hardware": {}, "versions": {}}}, target_loss=None),
+        replace(make_study({"sven": {"level": 0.9}}), primary="accuracy"),
+        replace(make_study({"sven": {}}), metrics={"loss": False}),
+    ],
+    ids=["empty", "no runs", "no methods", "one seed", "diverged", "no curve", "unmeasured", "accuracy", "no metric"],
+)
+def test_incomplete_studies_have_a_report(study: Study, tmp_path: Path) -> None:
+    path = report.write(study, tmp_path)
+    page = path.read_text(encoding="utf-8")
+    assert report.headline(study) in text_of(page)
+    assert not re.search(r"\b(nan|None|Infinity|undefined%)\b", text_of(page))
+    if study.arms and any(run.curve for run in study.arms[0].runs):
+        assert curves_in(page)["arms"][0]["name"] == "baseline"
+
+
+def test_one_seed_gives_numbers_without_a_verdict(tmp_path: Path) -> None:
+    text = text_of(report.html(make_study({"sven": {"level": 0.5}}, seeds=1), tmp_path))
+    assert "sven has too few seeds for a verdict" in text
+    assert "Better in 1 of 1 seeds" in text
+    assert "1 fresh seed that share split, initialisation and data order with it. Verdicts are about" in text
+
+
+def test_page_stays_open_about_missing_control(tmp_path: Path) -> None:
+    study = make_study({"sven": {}})
+    study = replace(study, arms=study.arms[:-1])
+    assert "There is no A/A control in this study" in text_of(report.html(study, tmp_path))
+
+
+# Axes and rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3e-4, 7e-4), (-97, 1234), (0.5, 0.51), (1e6, 3e6), (-2, -1)])
+def test_nice_ticks_are_few_round_and_inside(low: float, high: float) -> None:
+    ticks = figures.nice(low, high)
+    assert 2 <= len(ticks) <= 6
+    assert low <= ticks[0]
+    assert ticks[-1] <= high
+    steps = np.diff(ticks)
+    mantissa = steps[0] / 10 ** math.floor(math.log10(steps[0]) + 1e-9)
+    assert np.allclose(steps, steps[0])
+    assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 1e-6
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.1), (0.3, 4), (1e-9, 1e9), (2, 300)])
+def test_logarithmic_ticks_are_few_and_inside(low: float, high: float) -> None:
+    ticks = figures.nice_log(low, high)
+    assert 2 <= len(ticks) <= 7
+    assert low <= ticks[0]
+    assert ticks[-1] <= high
+
+
+def test_axis_places_values_and_clips_those_beyond() -> None:
+    axis = figures.Axis(1, 100, log=True)
+    assert [axis.at(v) for v in (0.1, 1, 10, 100, 1000, math.inf)] == [0, 0, 50, 100, 100, 100]
+    assert [axis.beyond(v) for v in (0.1, 1, 100, math.inf)] == [-1, 0, 0, 1]
+
+
+def test_better_lies_left_for_losses_and_right_for_accuracies(usual: Study) -> None:
+    def helped(study: Study) -> tuple[float, float]:
+        drawn = figures.forest(study)
+        row = next(row for row in drawn["rows"] if row["name"] == "sven")
+        return row["strips"][0]["mid"], drawn["zero"]
+
+    mid, zero = helped(usual)
+    assert mid < zero
+    mid, zero = helped(replace(usual, primary="accuracy"))
+    assert mid > zero
+
+
+def test_axis_holds_every_interval_that_is_not_cut_off() -> None:
+    drawn = figures.forest(make_study({"m": {"level": 0.2}}))["axis"]
+    assert drawn.low < math.log(0.2)
+    assert 0 < drawn.high < 0.5
+    rising = figures.forest(replace(make_study({"m": {"level": 8.0}}), primary="accuracy"))["axis"]
+    assert rising.low < -0.5
+    assert 0 < rising.high < 0.2
+
+
+def test_forest_row_agrees_with_its_comparison(usual: Study) -> None:
+    drawn = figures.forest(usual)
+    c = usual.arms[1].scores["loss"]
+    strip = next(row for row in drawn["rows"] if row["name"] == "sven")["strips"][0]
+    axis = drawn["axis"]
+    assert strip["ends"] == [axis.at(-c.high), axis.at(-c.low)]
+    assert strip["mid"] == axis.at(-c.estimate)
+    assert strip["ends"][0] < strip["mid"] < strip["ends"][1]
+    assert len(strip["dots"]) == 8
+    assert strip["verdict"] == "helps"
+    assert strip["unseen"] == [axis.at(-c.mde), axis.at(c.mde)]
+
+
+def test_far_worse_arms_end_in_arrows_and_do_not_squeeze_the_others() -> None:
+    arms = {f"m{i}": {"level": 1 + i / 50} for i in range(4)}
+    drawn = figures.forest(make_study({**arms, "awful": {"level": 1e4}, "best": {"level": 0.5}}))
+    strips = {row["name"]: row["strips"][0] for row in drawn["rows"]}
+    assert strips["awful"]["beyond"] == [1, 1]
+    assert strips["awful"]["mid"] is None
+    assert strips["best"]["beyond"] == []
+    assert strips["best"]["mid"] is not None
+    assert drawn["axis"].high < math.log(100)
+
+
+def test_forest_ticks_are_per_cent_or_factors() -> None:
+    narrow = figures.forest(make_study({"m": {"level": 0.9}}))["axis"].ticks
+    wide = figures.forest(make_study({"m": {"level": 0.01}}))["axis"].ticks
+    assert all(label == "0 %" or re.fullmatch(r"[−+][\d.]+ %", label) for _, label in narrow)
+    assert all(label == "1" or re.fullmatch(r"[×÷]\d+", label) for _, label in wide)
+
+
+def test_unreached_targets_count_as_longest() -> None:
+    study = make_study({"sven": {}}, seeds=4)
+    times: dict[str, list[float | None]] = {"baseline": [1.0, 2.0, 3.0, None], "sven": [0.5, None, None, None]}
+    arms = [replace(arm, time_to_target=times.get(arm.name, [])) for arm in study.arms]
+    base, sven = figures.times_to_target(replace(study, arms=arms))["rows"]
+    assert (base["median"], base["reached"], base["sooner"]) == ("2 s", "3 of 4", "")
+    assert (sven["median"], sven["reached"]) == ("not reached", "1 of 4")
+    assert sven["sooner"].startswith("1 of 4 (p = ")
+    assert len(sven["dots"]) == 1
+    assert sven["mid"] is None
+
+
+# Curves -------------------------------------------------------------------------------------------------------------
+
+
+def curves_in(page: str) -> dict[str, Any]:
+    """The data that the page's script draws."""
+    found = re.search(r'<script type="application/json" id="curves">(.*?)</script>', page, flags=re.S)
+    assert found is not None
+    return json.loads(found.group(1), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def series(study: Study, name: str, y: str = "loss", x: str = "step") -> dict[str, list[float]]:
+    return next(arm for arm in figures.curves(study)["arms"] if arm["name"] == name)["series"][y][x]
+
+
+def test_curves_are_median_and_quartiles(usual: Study) -> None:
+    losses = np.array([[entry["loss"] for entry in run.curve] for run in usual.arms[1].runs])
+    drawn = series(usual, "sven")
+    assert drawn["x"] == [20 * i for i in range(1, 26)]
+    for key, q in (("low", 0.25), ("mid", 0.5), ("high", 0.75)):
+        np.testing.assert_allclose(drawn[key], np.quantile(losses, q, axis=0), rtol=1e-4)
+
+
+def test_diverged_runs_count_as_worst_in_curves(usual: Study) -> None:
+    finished = [run for run in usual.arms[2].runs if run.curve]
+    losses = np.array([[entry["loss"] for entry in run.curve] for run in finished] + [[1e9] * 25] * 2)
+    np.testing.assert_allclose(series(usual, "wild")["mid"], np.quantile(losses, 0.5, axis=0), rtol=1e-4)
+    mostly = make_study({"wild": {"diverges": range(5)}})
+    assert series(mostly, "wild")["mid"] == []
+
+
+def test_seconds_show_the_runs_at_equal_time(usual: Study) -> None:
+    drawn = series(usual, "sven", x="seconds")
+    assert len(drawn["x"]) == figures.POINTS
+    assert drawn["x"][-1] == pytest.approx(
+        np.median([r.curve[-1]["seconds"] for r in usual.arms[1].equal_time]), rel=1e-4
+    )
+
+
+def test_ratio_is_the_paired_comparison_with_the_baseline(usual: Study) -> None:
+    drawn = series(usual, "sven", "ratio")
+    pairs = zip(usual.arms[1].runs, usual.arms[0].runs, strict=True)
+    logs = [math.log(a.curve[-1]["loss"] / b.curve[-1]["loss"]) for a, b in pairs]
+    low, high = statistics.interval(logs)
+    assert drawn["mid"][-1] == pytest.approx(math.exp(np.mean(logs)), rel=1e-4)
+    assert drawn["low"][-1] == pytest.approx(math.exp(low), rel=1e-4)
+    assert drawn["high"][-1] == pytest.approx(math.exp(high), rel=1e-4)
+    assert drawn["mid"][-1] < 0.7
+
+
+def test_ratio_pairs_by_split_not_by_position(usual: Study) -> None:
+    sven = usual.arms[1]
+    shuffled = replace(usual, arms=[usual.arms[0], replace(sven, runs=sven.runs[::-1]), *usual.arms[2:]])
+    assert series(shuffled, "sven", "ratio") == series(usual, "sven", "ratio")
+
+
+def test_losses_below_zero_have_neither_ratio_nor_logarithm() -> None:
+    study = make_study({"sven": {}})
+    below = [{**entry, "loss": -entry["loss"]} for entry in study.arms[0].runs[0].curve]
+    runs = [replace(study.arms[0].runs[0], curve=below), *study.arms[0].runs[1:]]
+    drawn = figures.curves(replace(study, arms=[replace(study.arms[0], runs=runs), *study.arms[1:]]))
+    assert drawn["log"] is False
+    assert "ratio" not in drawn["y"]
+
+
+def test_arms_differ_in_colour_or_dash() -> None:
+    study = make_study({f"m{i}": {} for i in range(18)}, seeds=1)
+    looks = figures.styles(study)
+    assert len({(look["colour"], look["dash"]) for look in looks.values()}) == 20
+    assert sum(look["shown"] for look in looks.values()) == 1 + figures.SHOWN
+
+
+# Markdown and CSV ---------------------------------------------------------------------------------------------------
+
+
+def test_all_three_files_are_written(usual: Study, tmp_path: Path) -> None:
+    assert report.write(usual, tmp_path) == tmp_path / "report.html"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.html", "report.md"]
+
+
+def test_markdown_has_sentences_table_and_settings(usual: Study) -> None:
+    text = report.markdown(usual)
+    assert text.startswith("# digits: Of 4 methods, 1 helps")
+    for sentence in table.sentences(usual):
+        assert f"- {sentence}" in text.replace("&lt;", "<")
+    assert "| sven | lr=0.01, rank=8 |" in text
+    assert "    steep compare digits" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert widths == {10, 3}
+
+
+def test_markdown_escapes_names() -> None:
+    text = report.markdown(make_study({"a|b<script>\nnext": {}}, seeds=1))
+    assert "a\\|b&lt;script&gt; next" in text
+    assert "<script>" not in text
+
+
+def test_csv_holds_every_run(usual: Study) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.csv(usual))))
+    assert len(rows) == sum(len(a.trials) + len(a.runs) + len(a.equal_time) for a in usual.arms)
+    sven = next(row for row in rows if row["arm"] == "sven" and row["key"] == "sven-3")
+    assert float(sven["test_loss"]) == usual.arms[1].runs[3].test["loss"]
+    assert sven["methods"] == "sven(lr=0.01, rank=8)"
+    lost = next(row for row in rows if row["outcome"] == "diverged")
+    assert (lost["test_loss"], lost["message"]) == ("", "the loss is not finite at step 3")
+
+
+# In a browser -------------------------------------------------------------------------------------------------------
+
+EVERY_CONTROL = """<script>(async () => {
+  const root = document.documentElement;
+  while (!root.dataset.charts) await new Promise((r) => setTimeout(r, 20));
+  const seen = [];
+  for (const input of document.querySelectorAll("#view input, #errors")) {
+    input.click();
+    seen.push(document.querySelectorAll("#plot .scatterlayer path.js-line").length);
+  }
+  root.dataset.lines = seen.join();
+  root.dataset.clicked = "all";
+})();</script>"""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium: the page's script is not run")
+    return found
+
+
+def browse(chromium: str, page: str, folder: Path) -> tuple[str, str]:
+    """The page after its scripts have run, without the embedded library, and what the console said."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    command = [chromium, "--headless", "--no-sandbox", *quiet.split(), "--disable-sync", "--virtual-time-budget=20000"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+    return done.stdout.replace(report.compressed_plotly(), ""), console
+
+
+def test_browser_draws_the_curves_and_obeys_every_control(chromium: str, tmp_path: Path) -> None:
+    study = make_study({"sven": {"level": 0.6}, NASTY: {"diverges": (2,)}})
+    page = report.html(with_pictures(study, draw(tmp_path).name), tmp_path)
+    dom, console = browse(chromium, page.replace("</body>", EVERY_CONTROL + "</body>"), tmp_path)
+    assert console == ""
+    html_tag = re.search(r"<html[^>]*>", dom)
+    assert html_tag is not None
+    assert all(word in html_tag[0] for word in ('data-charts="ready"', 'data-clicked="all"'))
+    lines = [int(n) for n in re.findall(r'data-lines="([\d,]+)"', html_tag[0])[0].split(",")]
+    assert min(lines[:8]) > 0  # three scores, three axes, two scales
+    assert 0 in lines[8:]  # all arms hidden
+    assert "<title>digits: what helps?</title>" in dom
+    assert len(set(re.findall(r'<img[^>]*src="(?!data:)', dom))) == 0
+
+
+def test_browser_without_decompression_says_so(chromium: str, tmp_path: Path, page: str) -> None:
+    old = page.replace("<main>", "<script>delete globalThis.DecompressionStream</script><main>")
+    dom, _ = browse(chromium, old, tmp_path)
+    assert 'data-charts="failed"' in dom
+    assert "The curves could not be drawn" in dom

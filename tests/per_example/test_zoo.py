@@ -1,0 +1,148 @@
+"""Rows against a naive loop over the examples, in float64, over a zoo of architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from steep.per_example import PerExample, autodiff, convolution, embedding, layers, parts
+
+SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
+zoo = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(zoo)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture
+def tiny_chunks(monkeypatch):
+    """Every loop over slices, positions, samples and blocks takes several turns."""
+    for module in (parts, layers, convolution, embedding, autodiff):
+        monkeypatch.setattr(module, "CHUNK", 60)
+
+
+def build(name):
+    def double(t):
+        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    model, x = zoo.ZOO[name]()
+    return model.double(), torch.utils._pytree.tree_map(double, x)
+
+
+def jacobian(losses, params):
+    """One ordinary backward per example."""
+    rows = []
+    for loss in losses:
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads)]))
+    return torch.stack(rows)
+
+
+def flatten(params, tensors):
+    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for p, t in zip(params, tensors)])
+
+
+def check(rows, j):
+    w = torch.randn(len(j), dtype=torch.float64)
+    v = [torch.randn_like(p) for p in rows.params]
+    for found, expected in (
+        (rows.gram(), j @ j.T),
+        (rows.norms(), j.norm(dim=1)),
+        (flatten(rows.params, rows.vjp(w)), w @ j),
+        (rows.jvp(v), j @ flatten(rows.params, v)),
+    ):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_rows_equal_a_loop_over_examples(name):
+    model, x = build(name)
+    engine = PerExample(model)
+    for _ in range(2):  # the first batch is checked and may be routed anew; the second is not
+        losses = zoo.losses_of(model, x)
+        j = jacobian(losses, [p for p in model.parameters() if p.requires_grad])
+        check(engine.rows(losses), j)
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_rows_do_not_depend_on_the_chunk(name, tiny_chunks):
+    model, x = build(name)
+    losses = zoo.losses_of(model, x)
+    j = jacobian(losses, [p for p in model.parameters() if p.requires_grad])
+    check(PerExample(model).rows(losses), j)
+
+
+def test_the_zoo_is_no_monoculture():
+    kinds = set()
+    for name in zoo.ZOO:
+        model, x = build(name)
+        kinds |= {type(part).__name__ for part in PerExample(model).rows(zoo.losses_of(model, x)).parts}
+    assert kinds == {"Outer", "Dense", "Patches", "Lookup", "Uses", "Blocks"}
+
+
+FAST = [
+    "mlp",
+    "in_place_activation_behind_a_view",
+    "cnn_with_group_norm",
+    "convolution_with_groups_stride_dilation",
+    "padding_modes",
+    "convolution_of_sequences",
+    "layer_norms",
+    "batch_norm_with_running_statistics",
+    "embedding_with_padding",
+    "tied_embedding_and_head",
+    "reused_layers",
+    "one_weight_with_two_biases",
+    "transformer_block",
+    "frozen_convolution_and_norms",
+    "channels_last",
+    "windows_in_the_batch_dimension",
+    "trees_in_and_out",
+    "input_that_needs_a_gradient",
+]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_closed_forms_are_used_where_there_are_some(name):
+    model, x = build(name)
+    rows = PerExample(model).rows(zoo.losses_of(model, x))
+    assert "Blocks" not in {type(part).__name__ for part in rows.parts}
+
+
+@pytest.mark.parametrize("name", ["gpt_with_shared_positions", "vit_with_class_token", "attention", "custom_layer"])
+def test_no_backward_per_example_where_a_layer_or_a_broadcast_can_be_differentiated_alone(name):
+    model, x = build(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="each step takes")
+        PerExample(model).rows(zoo.losses_of(model, x))
+
+
+@pytest.mark.parametrize(
+    ("name", "slow"),
+    [
+        ("parameters_outside_layers", "scale"),
+        ("recurrent", "lstm.weight_ih_l0"),
+        ("derivative_in_the_loss", "net.0.weight"),
+        ("attention_time_first_with_as_many_positions_as_examples", "attention.in_proj_weight"),
+        ("dropout_in_attention", "self_attn.in_proj_weight"),
+    ],
+)
+def test_the_slow_way_is_announced_once_with_the_parameters_names(name, slow):
+    model, x = build(name)
+    engine = PerExample(model)
+    with pytest.warns(UserWarning, match=slow):
+        engine.rows(zoo.losses_of(model, x))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="each step takes")
+        engine.rows(zoo.losses_of(model, x))
