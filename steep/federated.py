@@ -238,7 +238,7 @@ class Federation:
         return sorted(order[:count].tolist())
 
     def _visit(self, i: int) -> tuple[State, Message]:
-        order, noise = (Stream(self.seed, f"same {self.round} {i}") for name in ("order", "noise"))
+        order, noise = (Stream(self.seed, f"{name} {self.round} {i}") for name in ("order", "noise"))
         batches = local_batches(self.loaders[i], self.local_steps, order)
         with noise.active():
             state, message = self.client_step(self.clients[i], self.broadcast, batches)

@@ -25,9 +25,9 @@ EVALUATIONS = 25  # points on a curve, where the horizon is known
 class Result:
     """A finished training.
 
-    `seconds` and `cpu_seconds` are of training alone, `peak_memory` is in bytes (None where it cannot be known),
-    `val` and `test` map "loss" and the metric's name to their final values. `horizon` is the number of steps the
-    budget stood for, or `None`.
+    `val` and `test` map "loss" and the metric's name to their final values. `seconds` and `cpu_seconds` are of
+    training alone, `other_seconds` (CPU) of evaluating and saving. `peak_memory` is in bytes, `None` where it cannot
+    be known. `horizon` is the number of steps the budget stood for, or `None`.
     """
 
     model: nn.Module
@@ -38,6 +38,7 @@ class Result:
     examples: int
     seconds: float
     cpu_seconds: float
+    other_seconds: float
     peak_memory: int | None
     horizon: int | None
 
@@ -128,5 +129,17 @@ def _result(training: Training, memory: PeakMemory) -> Result:
     data, last = training.run.data, training.history.evaluations[-1]
     val = {key: value for key, value in last.items() if key not in ("step", "examples", "seconds", "cpu_seconds")}
     test = training.evaluate(data.test) if data.test is not None else val
-    costs = (training.step, training.examples, *training.stopwatch.read(), memory.read(), training.run.horizon)
-    return Result(training.model, training.history, val, test, *costs)
+    seconds, cpu_seconds = training.stopwatch.read()
+    return Result(
+        model=training.model,
+        history=training.history,
+        val=val,
+        test=test,
+        steps=training.step,
+        examples=training.examples,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        other_seconds=training.stopwatch.paused,
+        peak_memory=memory.read(),
+        horizon=training.run.horizon,
+    )

@@ -28,26 +28,35 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 from torch.optim import Optimizer
 
-Row = tuple[Tensor, ...]  # a parameter, its gradient, its state
+Row = tuple[Tensor, ...]  # a parameter, its gradient, its state; or a column of such rows
 Scalars = Callable[[int], Mapping[str, Any]]
-Scratch = dict[Any, Any]
+Ranges = Mapping[str, str | tuple[str, ...]]
 
 GRAD = 1  # the place of the gradient in a row; never written
-BUCKET = 2**20
-ALONE = 2**16  # elements from which on a tensor is worth calls of its own
+ALONE = 2**16  # elements above which a tensor is worth calls of its own
+BUCKET = 2**20  # elements in a bucket, at most
+MARGIN = 16  # elements before state
 
 
 class RowRule(NamedTuple):
-    """An update that looks at rows and whole tensors, in three stages; x are parameter, gradient and state.
+    """An update that looks at rows and whole tensors, in three stages, on stacks (k, rows, columns) of k equal shapes.
 
-    `measure(*x)` updates the state and returns numbers per row, (k, rows, n); it and `apply` may see some of the rows.
+    `measure(param, grad, *state, u)` updates the state, fills u (of the parameter's shape) with what is to be taken off
+    the parameter, and returns numbers per row, (k, rows, n). It and `apply` may be given some of the rows at a time.
     `decide(numbers, param, *per_tensor)` sees all rows, of `param` only for its shape, and returns (k, rows, m).
-    `apply(*x, decided)` updates the parameter. In stages, because a compiler would work `decided` out for every element.
+    `apply(param, u, decided)` updates the parameter.
     """
 
     measure: Callable[..., Tensor]
     decide: Callable[..., Tensor]
     apply: Callable[..., None]
+
+
+def ema_(average: Tensor, value: Tensor, beta: float | Tensor) -> Tensor:
+    """average = beta average + (1 - beta) value, in place."""
+    if torch.compiler.is_compiling():  # there lerp_ would compare its weight with 1/2 at every element
+        return average.add_((value - average) * (1 - beta))
+    return average.lerp_(value, 1 - beta)
 
 
 def sweep(
@@ -71,11 +80,12 @@ def sweep(
     Raises:
         RuntimeError: a sparse gradient, a complex parameter, or no compiler.
     """
-    bound = cache(lambda t, device: _bind(update, scalars(t), group, device))
-    for t, _, flats in _buckets(optimizer, group, params, names):
-        run = bound(t, flats[0].device)
-        for piece in _pieces(flats, 0, _piece_size(group, flats[0].device)):
-            run(*piece)
+    for t, rows in _gather(optimizer, group["params"] if params is None else params, names):
+        device = rows[0][0].device
+        run = _bind(update, scalars(t), group, device)
+        for _, flats in _buckets(optimizer, group, rows):
+            for piece in _pieces(flats, 0, _piece_size(group, device)):
+                run(*piece)
 
 
 def sweep_rows(
@@ -87,21 +97,40 @@ def sweep_rows(
     params: Iterable[Tensor],
     per_tensor: Sequence[str] = (),
 ) -> None:
-    """One step of a rule in stages, on stacks (k, rows, columns) of k equal shapes; arguments as for `sweep`.
+    """One step of a rule in stages; arguments as for `sweep`.
 
     Args:
         params: of at least two dimensions; the first one counts rows.
         per_tensor: further state, 0-d, of which `decide` is given (k,).
     """
-    bound = cache(lambda t, device: [_bind(stage, scalars(t), group, device) for stage in rule])
-    for t, bucket, flats in _buckets(optimizer, group, params, names, per_tensor, alike=True):
-        stacks = [flat.view(len(bucket), bucket[0][0].shape[0], -1) for flat in flats[: len(names) + 2]]
-        measure, decide, apply = bound(t, flats[0].device)
-        rows = max(1, _piece_size(group, flats[0].device) // (len(bucket) * stacks[0].shape[2]))
-        numbers = torch.cat([measure(*piece) for piece in _pieces(stacks, 1, rows)], 1)
-        decided = decide(numbers, stacks[0], *flats[len(names) + 2 :])
-        for piece in _pieces([*stacks, decided], 1, rows):
-            apply(*piece)
+    for t, alike in _gather(optimizer, params, names, per_tensor, by_shape=True):
+        device, rows = alike[0][0].device, alike[0][0].shape[0]
+        stages = (_whole(rule, len(per_tensor)), rule.apply) if group["compile"] else rule
+        *first, apply = [_bind(stage, scalars(t), group, device) for stage in stages]
+        for k, flats in _buckets(optimizer, group, alike):
+            flats, flags = flats[: len(names) + 2], flats[len(names) + 2 :]
+            u = _scratch(optimizer).memory("u", flats[0].numel(), flats[0])
+            stacks = [flat.view(k, rows, -1) for flat in (*flats, u)]
+            size = max(1, _piece_size(group, device) // (k * stacks[0].shape[2]))
+            if group["compile"]:
+                decided = first[0](u.new_ones(k, rows, 1), *stacks, *flags)
+            else:
+                numbers = [first[0](*piece) for piece in _pieces(stacks, 1, size)]
+                decided = first[1](torch.cat(numbers, 1), stacks[0], *flags)
+            for piece in _pieces([stacks[0], stacks[-1], decided], 1, size):
+                apply(*piece)
+
+
+@cache
+def _whole(rule: RowRule, flags: int) -> Callable[..., Tensor]:
+    """`measure` and `decide` as one function, to be compiled."""
+
+    def measure_and_decide(ones: Tensor, param: Tensor, grad: Tensor, *rest: Tensor, **scalars: Any) -> Tensor:
+        # an operand that depends on the row keeps the compiler from a second pass over the elements for the state
+        numbers = rule.measure(param, grad * ones, *rest[: len(rest) - flags], **scalars)
+        return rule.decide(numbers, param, *rest[len(rest) - flags :], **scalars)
+
+    return measure_and_decide
 
 
 def _pieces(tensors: list[Tensor], dim: int, size: int) -> Iterable[Sequence[Tensor]]:
@@ -114,35 +143,18 @@ def _piece_size(group: Mapping[str, Any], device: torch.device) -> int:
     return sys.maxsize if whole else 2**17 * torch.get_num_threads()
 
 
-def _buckets(
+def _gather(
     optimizer: Optimizer,
-    group: Mapping[str, Any],
-    params: Iterable[Tensor] | None,
+    params: Iterable[Tensor],
     names: Sequence[str],
     per_tensor: Sequence[str] = (),
-    alike: bool = False,
-) -> Iterator[tuple[int, list[Row], list[Tensor]]]:
-    """Yield (t, rows, their columns as one vector each); what the caller does to the vectors is done to the rows."""
-    scratch: Scratch = vars(optimizer).setdefault("_scratch", {})  # a cache: neither in state_dict nor in copies
-    for t, rows in _gather(optimizer, group["params"] if params is None else params, names, per_tensor, alike):
-        p = rows[0][0]
-        size = 0 if group["foreach"] is False else min(BUCKET, _piece_size(group, p.device))
-        for i, bucket in enumerate(_join(rows, size)):
-            place = (id(group), i, p.device, p.dtype, p.shape if alike else None)
-            flats, copied = _flatten(bucket, working_dtype(p.dtype), max(size, p.numel()), scratch, place)
-            yield t, bucket, flats
-            for tensors, parts in copied:
-                torch._foreach_copy_(tensors, parts)
-
-
-def _gather(
-    optimizer: Optimizer, params: Iterable[Tensor], names: Sequence[str], per_tensor: Sequence[str], alike: bool
+    by_shape: bool = False,
 ) -> Iterator[tuple[int, list[Row]]]:
     """Count a step of every parameter that has a gradient; yield (t, rows) for those that can share a call."""
     kinds: dict[Any, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
     for p in params:
-        if (g := p.grad) is not None:
-            kind = (p.device, p.dtype, g.layout, p.shape if alike else None)
+        if (g := p.grad) is not None and g.numel() > 0:
+            kind = (p.device, p.dtype, g.layout, p.shape if by_shape else None)
             kinds.setdefault(kind, []).append((p, g, optimizer.state[p]))
     for _, dtype, layout, _ in kinds:
         _check_kind(type(optimizer).__name__, dtype, layout)
@@ -150,10 +162,10 @@ def _gather(
         _make_state([(p, s) for p, _, s in members if not s], names, per_tensor)
         steps = [s["step"] for _, _, s in members]
         torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
-        shared: dict[float, list[Row]] = {}
+        same: dict[float, list[Row]] = {}
         for t, (p, g, s) in zip(torch.stack(steps).tolist(), members, strict=True):
-            shared.setdefault(t, []).append((p, g, *[s[name] for name in (*names, *per_tensor)]))
-        yield from ((int(t), rows) for t, rows in shared.items())
+            same.setdefault(t, []).append((p, g, *[s[name] for name in (*names, *per_tensor)]))
+        yield from ((int(t), rows) for t, rows in same.items())
 
 
 def _check_kind(owner: str, dtype: torch.dtype, layout: torch.layout) -> None:
@@ -172,9 +184,29 @@ def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[s
     params = [p for p, _ in fresh]
     scalars = [p.new_empty(()) for p in params]
     for name, like in (*((n, params) for n in names), *((n, scalars) for n in per_tensor)):
-        flat = params[0].new_zeros(sum(t.numel() for t in like), dtype=working_dtype(params[0].dtype))
+        # the margin is for compiled kernels, which would be built twice: for offset 0 and for others
+        flat = params[0].new_zeros(MARGIN + sum(t.numel() for t in like), dtype=working_dtype(params[0].dtype))[MARGIN:]
         for (_, s), part in zip(fresh, _unflatten_dense_tensors(flat, like), strict=True):
             s[name] = part
+
+
+def _buckets(optimizer: Optimizer, group: Mapping[str, Any], rows: list[Row]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield the number of rows in a bucket and its columns as one vector each; changes of these go to the rows."""
+    dtype = working_dtype(rows[0][0].dtype)
+    size = 0 if group["foreach"] is False else min(BUCKET, _piece_size(group, rows[0][0].device))
+    for i, bucket in enumerate(_join(rows, size)):
+        flats: list[Tensor] = []
+        copied: list[tuple[Row, Row]] = []
+        for c, tensors in enumerate(zip(*bucket, strict=True)):
+            flat = _end_to_end(tensors, dtype)
+            if flat is None:
+                scratch = _scratch(optimizer) if len(bucket) > 1 else Scratch()
+                flat, parts = scratch.copy(tensors, dtype, c, (id(group), i, rows[0][0].shape))
+                copied += [(tensors, parts)] if c != GRAD else []
+            flats.append(flat)
+        yield len(bucket), flats
+        for tensors, parts in copied:
+            torch._foreach_copy_(tensors, parts)
 
 
 def _join(rows: list[Row], size: int) -> Iterator[list[Row]]:
@@ -195,22 +227,7 @@ def _join(rows: list[Row], size: int) -> Iterator[list[Row]]:
         yield bucket
 
 
-def _flatten(
-    bucket: list[Row], dtype: torch.dtype, size: int, scratch: Scratch, place: tuple[Any, ...]
-) -> tuple[list[Tensor], list[tuple[tuple[Tensor, ...], Sequence[Tensor]]]]:
-    """The columns of a bucket, each as one vector, and what must be copied back: (tensors, parts of the vector)."""
-    flats, copied = [], []
-    for c, tensors in enumerate(zip(*bucket, strict=True)):
-        flat = _end_to_end(tensors, dtype)
-        if flat is None:
-            flat, parts = _copy(tensors, dtype, size, scratch if len(bucket) > 1 else {}, (c, *place))
-            if c != GRAD:
-                copied.append((tensors, parts))
-        flats.append(flat)
-    return flats, copied
-
-
-def _end_to_end(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | None:
+def _end_to_end(tensors: Row, dtype: torch.dtype) -> Tensor | None:
     """The tensors as one vector that shares their memory, if they lie there one after the other."""
     start = end = tensors[0].data_ptr()
     for t in tensors:
@@ -223,20 +240,36 @@ def _end_to_end(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor | Non
     return tensors[0].as_strided(((end - start) // dtype.itemsize,), (1,))
 
 
-def _copy(
-    tensors: tuple[Tensor, ...], dtype: torch.dtype, size: int, scratch: Scratch, place: tuple[Any, ...]
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """The tensors copied into one vector, and its parts in their shapes; all buckets use the same memory in turn."""
-    shapes = tuple([t.shape for t in tensors])
-    if place not in scratch or scratch[place][0] != shapes:
-        memory = (place[0], tensors[0].device, dtype)
-        if memory not in scratch:
-            scratch[memory] = tensors[0].new_empty(size, dtype=dtype)
-        flat = scratch[memory][: sum(t.numel() for t in tensors)]
-        scratch[place] = shapes, flat, _unflatten_dense_tensors(flat, tensors)
-    _, flat, parts = scratch[place]
-    torch._foreach_copy_(parts, tensors)
-    return flat, parts
+class Scratch:
+    """The memory an optimizer works in. A cache: neither in `state_dict` nor in copies of the optimizer."""
+
+    def __init__(self) -> None:
+        self.held: dict[Any, Tensor] = {}
+        self.parts: dict[Any, tuple[tuple[torch.Size, ...], Tensor, Row]] = {}
+
+    def memory(self, use: Any, size: int, like: Tensor) -> Tensor:
+        """A vector for `use`, of what was left there; of the device and dtype of `like`."""
+        key = (use, like.device, like.dtype)
+        if key not in self.held or self.held[key].numel() < size:
+            self.held[key] = like.new_empty(size)
+        return self.held[key][:size]
+
+    def copy(
+        self, tensors: tuple[Tensor, ...], dtype: torch.dtype, use: Any, place: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The tensors copied into one vector, and its parts in their shapes; all places share the memory for `use`."""
+        key = (use, tensors[0].device, dtype, place)
+        shapes = tuple([t.shape for t in tensors])
+        if key not in self.parts or self.parts[key][0] != shapes:
+            flat = self.memory(use, sum(t.numel() for t in tensors), tensors[0].new_empty((), dtype=dtype))
+            self.parts[key] = shapes, flat, tuple(_unflatten_dense_tensors(flat, list(tensors)))
+        _, flat, parts = self.parts[key]
+        torch._foreach_copy_(parts, tensors)
+        return flat, parts
+
+
+def _scratch(optimizer: Optimizer) -> Scratch:
+    return vars(optimizer).setdefault("_scratch", Scratch())
 
 
 def _bind(function: Callable[..., Any], scalars: Mapping[str, Any], group: Any, device: torch.device) -> Any:
@@ -246,30 +279,36 @@ def _bind(function: Callable[..., Any], scalars: Mapping[str, Any], group: Any, 
     numbers = {k: v for k, v in scalars.items() if v is not None and not isinstance(v, bool)}
     flags = tuple((k, v) for k, v in scalars.items() if k not in numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
-    return partial(_kernel(function, tuple(numbers), flags), values)
+    torch._dynamo.mark_static(values)
+    return partial(_run_compiled, function, tuple(numbers), flags, values)
+
+
+def _run_compiled(
+    function: Callable[..., Any], names: Any, flags: Any, numbers: Tensor, param: Tensor, *tensors: Tensor
+) -> Any:
+    kind = tuple([(n == 1, param.shape.index(n)) for n in param.shape])  # sizes of 1 and equal sizes compile apart
+    kernel = _kernel(function, names, flags, (param.dtype, kind, len(tensors)))
+    try:
+        # views of parameters of other dimensions would need kernels of their own, their data do not; the price is to
+        # tell autograd of the change
+        result = kernel(numbers, *[t.data for t in (param, *tensors)])
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise RuntimeError(
+            "compile=True needs a compiler (a C++ compiler such as g++ on CPU, Triton on GPU): "
+            "install one, or pass compile=False"
+        ) from error
+    torch.autograd.graph.increment_version(param)
+    return result
 
 
 @cache
-def _kernel(
-    function: Callable[..., Any], names: tuple[str, ...], flags: tuple[tuple[str, Any], ...]
-) -> Callable[..., Any]:
+def _kernel(function: Callable[..., Any], names: tuple[str, ...], flags: Any, kind: Any) -> Callable[..., Any]:
     def call(numbers: Tensor, *tensors: Tensor) -> Any:
         return function(*tensors, **dict(zip(names, numbers.unbind(), strict=True)), **dict(flags))
 
-    # torch keeps a limited number of variants per code object, so every set of flags gets a code object of its own
+    # torch keeps a limited number of variants per code object, so every kind of call gets a code object of its own
     own = FunctionType(call.__code__.replace(), globals(), "kernel", None, call.__closure__)
-    kernel = torch.compile(own, fullgraph=True, dynamic=True)
-
-    def guarded(*tensors: Tensor) -> Any:
-        try:
-            return kernel(*tensors)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
-            raise RuntimeError(
-                "compile=True needs a compiler (a C++ compiler such as g++ on CPU, Triton on GPU): "
-                "install one, or pass compile=False"
-            ) from error
-
-    return guarded
+    return torch.compile(own, fullgraph=True, dynamic=True)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -293,7 +332,7 @@ def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
                 optimizer.state[p][name] = value.to(p.device, working_dtype(p.dtype))
 
 
-def check_ranges(group: Mapping[str, Any], ranges: Mapping[str, str | tuple[str, ...]]) -> None:
+def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:
     """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
     for name, allowed in ranges.items():
         value = group[name]

@@ -17,6 +17,7 @@ class Stopwatch:
     """Wall and CPU seconds while it runs; `pause` leaves out what is not training."""
 
     def __init__(self, seconds: float = 0.0, cpu_seconds: float = 0.0):
+        self.paused = 0.0  # CPU seconds
         self._spent = (seconds, cpu_seconds)
         self._since: tuple[float, float] | None = None
 
@@ -32,10 +33,11 @@ class Stopwatch:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        self._spent, self._since = self.read(), None
+        self._spent, self._since, began = self.read(), None, time.process_time()
         try:
             yield
         finally:
+            self.paused += time.process_time() - began
             self.start()
 
 

@@ -48,7 +48,7 @@ def tiny_recipe(dtype: torch.dtype = torch.float32) -> Recipe:
 
     def data(generator: torch.Generator) -> Data:
         split = split_loaders(images, labels, generator, batch_size=8, val=1 / 6, test=1 / 6)
-        clients = dirichlet_clients(images, labels, generator, clients=4, alpha=1.0, batch_size=8)
+        clients = dirichlet_clients(images, labels, generator, clients=8, alpha=1.0, batch_size=4)
         return dataclasses.replace(split, clients=clients)
 
     def model() -> nn.Module:

@@ -52,8 +52,8 @@ def test_ece_of_calibrated_answers_is_zero_and_overconfidence_is_its_gap():
 
 
 def test_ece_bins_are_closed_above():
-    # 0.6 belongs to (0.5, 0.6], so with 10 bins it is not averaged with 0.7: gaps 0.4 and 0.7, not |1.3 - 1| / 2
-    assert expected_calibration_error(binary([0.6, 0.7]), torch.tensor([0, 1]), bins=10) == pytest.approx(0.55)
+    # 0.75 belongs to (0.5, 0.75], so of four bins it does not share one with 0.9: gaps 0.25 and 0.9 are not netted
+    assert expected_calibration_error(binary([0.75, 0.9]), torch.tensor([0, 1]), bins=4) == pytest.approx(0.575)
 
 
 def test_aurc_is_its_definition():

@@ -332,19 +332,29 @@ def test_random_numbers_are_the_rounds_own():
     assert other.shape != first[0].shape or not torch.equal(other, first[0])
 
 
+def orders_of(rounds_count=2, dropout=0.0, **hyper):
+    """The indices of every batch, in the order in which they were seen."""
+    seen = []
+
+    def recording(model, batch):
+        seen.append(batch[2].tolist())
+        return losses_of(model, batch)
+
+    rounds = make_rounds(make_model(dropout=dropout), local_step=recording, **hyper)
+    for _ in range(rounds_count):
+        next(rounds)
+    return seen
+
+
 def test_data_order_does_not_depend_on_what_the_model_draws():
-    def orders(dropout):
-        seen = []
+    assert orders_of(local_steps=5, dropout=0.0) == orders_of(local_steps=5, dropout=0.5)
 
-        def recording(model, batch):
-            seen.append(batch[2].tolist())
-            return losses_of(model, batch)
 
-        rounds = make_rounds(make_model(dropout=dropout), local_step=recording, local_steps=5)
-        next(rounds), next(rounds)
-        return seen
-
-    assert orders(0.0) == orders(0.5)
+def test_each_client_has_a_new_order_in_each_round():
+    seen = orders_of(3, clients=make_clients((12, 12)), fraction=1.0, local_steps=3)
+    visits = [tuple(index for batch in seen[i : i + 3] for index in batch) for i in range(0, 18, 3)]
+    assert len(set(visits)) == 6
+    assert all(sorted(visit) == list(range(12)) for visit in visits)
 
 
 def test_every_message_and_state_is_plain_tensors_and_numbers():

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from steep.models.nm_gradient_flow import nm_gradient_flow
+from steep.models.nm_gradient_flow import apply_nm_gradient_flow
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -18,7 +18,7 @@ x = torch.randn(1024, 32)
 y = torch.sin(x @ torch.randn(32)) + x[:, 0]
 model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1))
 steps = 300
-handle = nm_gradient_flow(model, n=1, m=8, total_steps=steps)
+handle = apply_nm_gradient_flow(model, n=1, m=8, total_steps=steps)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
 snapshots, losses = {}, []

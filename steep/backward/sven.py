@@ -117,7 +117,7 @@ class Sven:
         means = self._grouped(v) / self.micro_batch
         slopes = self.kappa / 2 * means.abs() ** (self.kappa / 2 - 1)
         slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
-        residuals = means.sign() * means.abs() ** (self.kappa / 2)
+        residuals =  means.abs() ** (self.kappa / 2)
         return residuals, slopes.repeat_interleave(self.micro_batch) / self.micro_batch
 
     def _grouped(self, t: Tensor) -> Tensor:

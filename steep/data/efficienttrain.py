@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from steep.batches import Data, Loader
 from steep.card import Card, Paper, choice, uniform
-from steep.needs import UnmetNeed
+from steep.needs import NEEDS, UnmetNeed
 from steep.recipe import Recipe, Run, late
 from steep.scoring import evaluating
 
@@ -301,9 +301,9 @@ class HeldOut:
                     model(x[..., :size, :size])
                 except Exception as error:
                     raise UnmetNeed(
-                        f"EfficientTrain needs a model that takes images of any size: {type(model).__name__} fails at "
-                        f"{size}x{size} ({error}), and the sizes to come are {sizes}: pool before the head, e.g. with "
-                        "nn.AdaptiveAvgPool2d(1), and interpolate position embeddings"
+                        "EfficientTrain needs square images as inputs and a model that takes them at any size: "
+                        f"{type(model).__name__} fails at {size}x{size} ({error}), and the sizes to come are {sizes}. "
+                        "Pool before the head, e.g. with nn.AdaptiveAvgPool2d(1), and interpolate position embeddings"
                     ) from error
 
 
@@ -317,7 +317,7 @@ def _own_generator() -> torch.Generator:
 def _side(x: Any) -> int:
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[-1] != x.shape[-2] or not x.is_floating_point():
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"EfficientTrain needs square floating-point images of shape (B, C, H, H), got {found}")
+        raise ValueError(f"EfficientTrain needs {NEEDS['images'].what}, got {found}")
     return x.shape[-1]
 
 
@@ -359,6 +359,7 @@ card = Card(
     plug=_plug,
     space={"variant": choice("crop", "plusplus"), "max_magnitude": uniform(0.0, 9.0)},
     needs=EfficientTrain.needs,
+    variants={"fractions": (0.2, 0.2, 0.6), "ratios": (0.5, 0.75, 1.0)},
     wraps=True,
     formula="x <- real(IFFT2((B/H)^2 * corners_B(FFT2(augment(x, m))))),  B/H = 5/7, 6/7, 1 for 60, 20, 20 % of epochs",
 )

@@ -9,12 +9,13 @@ Kim, Ji, Yoon, Hwang: Self-Knowledge Distillation with Progressive Refinement of
 alpha_T = 0.8 is the paper's. So is the absence of a temperature.
 
 What differs, and why:
-- Two memories, P_{t-1} and P_t, exchanged at the end of the epoch, where the authors' code keeps one and writes each
-  row after reading it. Over epochs that visit every example once the two are the same. With two, a closure that
-  evaluates a batch again, accumulated parts and sampling with replacement all still see the epoch before.
+- Two memories: P_{t-1}, which is read, and P_t, which is written and replaces it at the end of the epoch. The authors'
+  code keeps one and writes each row after reading it, which is the same where an epoch visits every example once.
+  With two, a closure that evaluates a batch again and sampling with replacement still see the epoch before.
 - An example without a prediction keeps its one-hot target (the authors' code leaves a zero row, hence targets that do
   not sum to one, for what the first epoch's loader dropped).
-- Left out: the paper's variant that keeps the last epoch's weights and runs a second forward pass instead.
+- Left out: targets per token for sequence models, and the paper's variant that keeps the last epoch's weights and
+  runs a second forward pass instead of a memory.
 """
 
 from __future__ import annotations
@@ -126,14 +127,14 @@ class PSKD(nn.Module):
             raise ValueError(f"indices must be integers of shape ({len(output)},), got {tuple(indices.shape)}")
         _check_range("indices", indices, self.num_examples)
         if self.previous.shape[1] == 0:
-            dtype = torch.promote_types(output.dtype, torch.float32)
-            self._allocate(torch.zeros(self.num_examples, output.shape[1], dtype=dtype, device=output.device))
+            self._allocate(output.shape[1], torch.promote_types(output.dtype, torch.float32), output.device)
         elif self.previous.shape[1] != output.shape[1]:
             raise ValueError(f"output has {output.shape[1]} classes, but {self.previous.shape[1]} in earlier batches")
         return indices.to(self.previous.device)
 
-    def _allocate(self, like: Tensor) -> None:
-        self.previous, self.current = torch.zeros_like(like), torch.zeros_like(like)
+    def _allocate(self, classes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.previous = torch.zeros(self.num_examples, classes, dtype=dtype, device=device)
+        self.current = torch.zeros_like(self.previous)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"steps": self.steps}
@@ -144,7 +145,7 @@ class PSKD(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(f"{prefix}previous")
         if saved is not None and len(saved) == self.num_examples:  # K and the dtype are known from the first batch on
-            self._allocate(saved.to(self.previous.device))
+            self._allocate(saved.shape[1], saved.dtype, self.previous.device)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:

@@ -33,9 +33,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import check_ranges, load_exactly, sweep
+from steep.foreach import Ranges, check_ranges, ema_, load_exactly, sweep
 
-RANGES = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+RANGES: Ranges = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 
 
 def update(
@@ -56,15 +56,15 @@ def update(
     decoupled: bool,
     maximize: bool,
 ) -> None:
-    """One step on tensors of one shape, in place; `step_size` and `damping` are lr and the eps of the root, corrected for t."""
+    """One step on tensors of one shape, in place; `step_size` is lr and `damping` eps, corrected for t."""
     if maximize:
         g = -g
     if weight_decay is not None and decoupled:
         p.mul_(1 - lr * weight_decay)
     elif weight_decay is not None:
         g = g + weight_decay * p
-    m.lerp_(g, 1 - beta1)
-    s.lerp_((g - m).square_(), 1 - beta2).add_(eps)
+    ema_(m, g, beta1)
+    ema_(s, (g - m).square_(), beta2).add_(eps)
     if s_max is not None:
         s = s_max.copy_(torch.maximum(s_max, s))
     if adaptive:
@@ -105,8 +105,8 @@ class AdaBelief(Optimizer):
     where gradients agree with their prediction and short ones where they surprise.
 
     A non-finite gradient is not absorbed: as in `torch.optim` it makes the parameter non-finite, unless the step is
-    skipped (as `torch.amp.GradScaler` does). Clip gradients by norm, not by value: clipping by value makes g equal m and
-    the step very long. The state of half-precision parameters is float32, also after `load_state_dict`.
+    skipped (as `torch.amp.GradScaler` does). Clip gradients by norm, not by value, which makes g equal m and the step
+    very long. The state of half-precision parameters is float32, also after `load_state_dict`.
 
     Args:
         params: parameters or groups of them, of any shape; real, with dense gradients.
@@ -166,7 +166,7 @@ class AdaBelief(Optimizer):
         load_exactly(self, state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:

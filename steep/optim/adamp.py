@@ -16,9 +16,9 @@ Weights (arXiv 2006.08217), algorithms 2 and 3. delta = 0.1 and wd_ratio = 0.1 a
 weight_decay of AdamP (1e-3, (0.9, 0.999), 1e-2) and SGDP (0.1, momentum 0.9 with nesterov, 1e-5) are those of the
 authors' example.
 
-Whether w is scale-invariant is told from the raw gradient, which is then orthogonal to it. That can happen by chance to a
-wide layer without normalization; parameters of fewer than two dimensions are never projected. Without a decaying
-learning rate AdamP ends higher than Adam, whose growing weights are a decay of their own.
+Whether w is scale-invariant is told from the raw gradient, which is then orthogonal to it. A wide layer without
+normalization can look so by chance; parameters of fewer than two dimensions are never projected. In code the step is
+w = f w - lr u with one factor f per row, which holds the decay and the part of u along w.
 """
 
 from __future__ import annotations
@@ -35,63 +35,56 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import RowRule, check_ranges, load_exactly, sweep, sweep_rows
+from steep.foreach import Ranges, RowRule, check_ranges, ema_, load_exactly, sweep, sweep_rows
 
 Number = float | Tensor
 
-COMMON = {"lr": "[0, inf)", "weight_decay": "[0, inf)", "delta": "[0, inf)", "wd_ratio": "[0, 1]", "eps": "[0, inf)"}
-ADAM_RANGES = {**COMMON, "betas": ("[0, 1)", "[0, 1)")}
-SGD_RANGES = {**COMMON, "momentum": "[0, 1)", "dampening": "[0, 1)"}
+COMMON: Ranges = {
+    "lr": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "delta": "[0, inf)",
+    "wd_ratio": "[0, 1]",
+    "eps": "[0, inf)",
+}
+ADAM_RANGES: Ranges = {**COMMON, "betas": ("[0, 1)", "[0, 1)")}
+SGD_RANGES: Ranges = {**COMMON, "momentum": "[0, 1)", "dampening": "[0, 1)"}
 
 
 def adam(
+    u: Tensor,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     *,
-    accumulate: bool,
     beta1: Number,
     beta2: Number,
     damping: Number,
     nesterov: bool,
-    maximize: bool,
     **_: Any,
-) -> Tensor:
-    """Adam's u, up to its factor in t; takes g into the moments first if `accumulate`."""
-    g = -g if maximize else g
-    if accumulate:
-        m.lerp_(g, 1 - beta1)
-        v.lerp_(g.square(), 1 - beta2)
-    return (torch.lerp(m, g, 1 - beta1) if nesterov else m) / v.sqrt().add_(damping)
+) -> None:
+    """Take g into Adam's moments and fill u, up to its factor in t."""
+    ema_(m, g, beta1)
+    ema_(v, g.square(), beta2)
+    u.copy_((beta1 * m + (1 - beta1) * g if nesterov else m) / v.sqrt().add_(damping))
 
 
-def sgd(
-    g: Tensor,
-    b: Tensor,
-    *,
-    accumulate: bool,
-    momentum: Number,
-    dampening: Number,
-    nesterov: bool,
-    maximize: bool,
-    **_: Any,
-) -> Tensor:
-    """SGD's u; takes g into the momentum first if `accumulate`."""
-    g = -g if maximize else g
-    if accumulate:
-        b.mul_(momentum).add_(g * (1 - dampening))
-    return g + momentum * b if nesterov else b
+def sgd(u: Tensor, g: Tensor, b: Tensor, *, momentum: Number, dampening: Number, nesterov: bool, **_: Any) -> None:
+    """Take g into the momentum and fill u."""
+    b.mul_(momentum).add_(g * (1 - dampening))
+    u.copy_(g + momentum * b if nesterov else b)
 
 
-def _plain(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
+def _plain(direction: Callable[..., None], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
     """The step of parameters that are never projected."""
-    u = perturbation(g, *state, accumulate=True, **scalars)
-    w.mul_(1 - scalars["decay"]).sub_(u * scalars["step_size"])
+    u = torch.empty_like(w)
+    direction(u, -g if scalars["maximize"] else g, *state, **scalars)
+    w.mul_(1 - scalars["decay"]).sub_(u.mul_(scalars["step_size"]))
 
 
-def _measure(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> Tensor:
-    """<g, w>, <u, w>, |g| and |w| of each row, (k, rows, 4)."""
-    u = perturbation(g, *state, accumulate=True, **scalars)
+def _measure(direction: Callable[..., None], w: Tensor, g: Tensor, *rest: Tensor, **scalars: Any) -> Tensor:
+    """Fill u, last of `rest`; return <g, w>, <u, w>, |g| and |w| of each row, (k, rows, 4)."""
+    *state, u = rest
+    direction(u, -g if scalars["maximize"] else g, *state, **scalars)
     return torch.stack([(g * w).sum(-1), (u * w).sum(-1), vector_norm(g, dim=-1), vector_norm(w, dim=-1)], -1)
 
 
@@ -107,31 +100,29 @@ def _decide(
     eps: Number,
     **_: Any,
 ) -> Tensor:
-    """What to multiply the rows of w with, (k, rows, 1), so that w * that - step_size * u is the step."""
+    """The factor f of each row of w, (k, rows, 1), with which w = f w - step_size u is decay, projection and step."""
+    layer = torch.cat([rows[..., :2].sum(1, keepdim=True), vector_norm(rows[..., 2:], dim=1, keepdim=True)], -1)
+    near_rows, along_rows = _project(rows, w.shape[2], delta, eps)
+    near_layer, along_layer = _project(layer, w.shape[1] * w.shape[2], delta, eps)
+    along = torch.where(near_rows, along_rows, torch.where(near_layer, along_layer, 0.0))
+    near = (near_rows | near_layer).to(w.dtype)
+    projected.copy_(near.squeeze(1))
+    return (1 - decay * (1 - near * (1 - wd_ratio)) + step_size * along).unsqueeze(-1)
+
+
+def _project(rows: Tensor, columns: int, delta: Number, eps: Number) -> tuple[Tensor, Tensor]:
+    """Whether every row's gradient is orthogonal to it, (k, 1), and u's coefficient along each row of w, (k, rows)."""
     gw, uw, g_norm, w_norm = rows.unbind(-1)
-    layer = [x.sum(1, keepdim=True) for x in (gw, uw)] + [vector_norm(x, dim=1, keepdim=True) for x in (g_norm, w_norm)]
-
-    def near(gw: Tensor, g_norm: Tensor, w_norm: Tensor, columns: int) -> Tensor:
-        cosine = gw.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
-        return cosine.amax(1, keepdim=True) < delta / columns**0.5
-
-    near_rows = near(gw, g_norm, w_norm, w.shape[2])
-    near_layer = near(layer[0], layer[2], layer[3], w.shape[1] * w.shape[2])
-    along_layer = torch.where(near_layer, layer[1] / (layer[3] + eps).square(), 0.0)
-    along = torch.where(near_rows, uw / (w_norm + eps).square(), along_layer)  # u - along * w is the projection
-    near_any = (near_rows | near_layer).to(w.dtype)
-    projected.copy_(near_any.squeeze(1))
-    return (1 - decay * (1 - near_any * (1 - wd_ratio)) + step_size * along).unsqueeze(-1)
+    cosine = gw.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
+    return cosine.amax(1, keepdim=True) < delta / columns**0.5, uw / (w_norm + eps).square()
 
 
-def _apply(perturbation: Callable[..., Tensor], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
-    *state_, factor = state
-    u = perturbation(g, *state_, accumulate=False, **scalars)
-    w.mul_(factor).sub_(u * scalars["step_size"])
+def _apply(w: Tensor, u: Tensor, factor: Tensor, *, step_size: Number, **_: Any) -> None:
+    w.mul_(factor).sub_(u * step_size)
 
 
-ADAM = RowRule(partial(_measure, adam), _decide, partial(_apply, adam))
-SGD = RowRule(partial(_measure, sgd), _decide, partial(_apply, sgd))
+ADAM = RowRule(partial(_measure, adam), _decide, _apply)
+SGD = RowRule(partial(_measure, sgd), _decide, _apply)
 ADAM_PLAIN, SGD_PLAIN = partial(_plain, adam), partial(_plain, sgd)
 
 
@@ -149,7 +140,9 @@ def _sgd_scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
     return {"step_size": lr, "decay": decay, **{name: group[name] for name in same}}
 
 
-def _step(optimizer: Optimizer, rule: RowRule, plain: Callable[..., None], names: tuple[str, ...], scalars: Any) -> None:
+def _step(
+    optimizer: Optimizer, rule: RowRule, plain: Callable[..., None], names: tuple[str, ...], scalars: Any
+) -> None:
     for group in optimizer.param_groups:
         wide = [p for p in group["params"] if p.ndim > 1]
         sweep_rows(optimizer, group, rule, names, partial(scalars, group), wide, ("projected",))
@@ -226,7 +219,7 @@ class AdamP(Optimizer):
         load_exactly(self, state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:
@@ -305,7 +298,7 @@ class SGDP(Optimizer):
         load_exactly(self, state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:

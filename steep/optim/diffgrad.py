@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import check_ranges, load_exactly, sweep
+from steep.foreach import Ranges, check_ranges, ema_, load_exactly, sweep
 
-RANGES = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
 
 
@@ -54,8 +54,8 @@ def update(
         g = -g
     if weight_decay is not None:
         g = g + weight_decay * p
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g.square(), 1 - beta2)
+    ema_(m, g, beta1)
+    ema_(v, g.square(), beta2)
     friction = (previous - g).abs_().sigmoid_()
     previous.copy_(g)
     p.addcdiv_(friction.mul_(m).mul_(-step_size), v.sqrt().add_(eps))
@@ -131,7 +131,7 @@ class DiffGrad(Optimizer):
         load_exactly(self, state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
         loss = None
         if closure is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,9 @@ class PerExample:
         ]
         self.remove = weakref.finalize(self, _remove_all, handles)
 
+    def __reduce__(self) -> Any:
+        return _remade, (self.model, self._unchecked, self.left_to_autograd)
+
     def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
         """The rows of the Jacobian of `losses` with respect to the parameters that train, one per example.
 
@@ -99,6 +103,13 @@ class PerExample:
         return False
 
 
+def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExample:
+    """An engine of a copied or loaded model."""
+    engine = PerExample(model, check=check)
+    engine.left_to_autograd = left_to_autograd
+    return engine
+
+
 def _remove_all(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
@@ -118,7 +129,7 @@ def _warn(slow: list[str]) -> None:
     if slow:
         warnings.warn(
             f"each step takes one more backward per example for {', '.join(slow[:5])}{', ...' if slow[5:] else ''}: "
-            "used outside layers, or by layers that no rule describes",
+            "used outside layers, by layers that no rule describes, or before the model was watched",
             stacklevel=3,
         )
 

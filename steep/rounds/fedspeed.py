@@ -21,14 +21,16 @@ ours, for tens of clients. Differences:
   the default because the value of rho comes from there.
 * The simulator sends x itself, and adds the mean of -lambda g_i over *all* clients instead of the sampled ones:
   ``dual_average="all"``. With every client sampled that is the same as the paper's "active"; with few it is not: the
-  duals of a sample do not cancel, and lambda magnifies what is left. On 20 clients of digits, 5 a round, "active" is
-  at 68 % after 60 rounds, behind FedAvg at 89 %, "all" at 95 %: hence the default. For alpha = 0 "all" is FedDyn.
+  duals of a sample do not cancel, and lambda magnifies what is left. On digits among 20 clients, 5 a round, "active"
+  is at 68 % after 60 rounds, behind FedAvg's 89 %, and "all" at 95 %: hence the default. For alpha = 0 "all" is FedDyn.
 * The simulator clips ``d - g_i - mu x^t`` and adds mu x afterwards. Here the whole direction but for weight
   decay is clipped, so that clipping does not depend on where the origin is.
 * unsure: whether the paper weighs d1 by 1 - alpha in its experiments (the simulator drops d1; at alpha = 1 it is the
   same), and whether dropout should repeat its mask at the ascended point (here it draws anew).
 
-Buffers are averaged; those of the second forward pass are discarded.
+Buffers are averaged; those of the second forward pass are discarded. Each local step costs two gradients: on the same
+digits (6 seeds, nothing tuned) 30 rounds give 94 %, FedAvg 85 %, and at equal gradients, 60 rounds, FedAvg gives 90 %
+and FedSpeed without ascent 96 %. There the gain is the duals'; the ascent does not pay for itself.
 """
 
 from __future__ import annotations

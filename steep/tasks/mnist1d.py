@@ -16,7 +16,6 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter1d
 from torch import Tensor, nn
 
 from steep.batches import Data
@@ -59,7 +58,9 @@ def interpolate(values: Tensor, at: Tensor) -> Tensor:
 
 @cache
 def _smoothing() -> Tensor:
-    """Matrix of the Gaussian filter of width 2 over 72 points."""
+    """Matrix of the Gaussian filter of standard deviation 2 over 72 points, mirrored at the ends."""
+    from scipy.ndimage import gaussian_filter1d
+
     return torch.from_numpy(gaussian_filter1d(np.eye(LENGTH), 2, axis=0)).float()
 
 

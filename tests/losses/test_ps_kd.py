@@ -174,6 +174,17 @@ def test_an_example_seen_twice_in_an_epoch_meets_the_epoch_before_both_times():
     torch.testing.assert_close(loss(z, y, indices=rows), expected)
 
 
+def test_sampling_with_replacement_meets_the_epoch_before_in_every_step():
+    loss, y, rows = PSKD(4, total_steps=9, steps_per_epoch=3), torch.arange(4), torch.arange(4)
+    zs = [torch.randn(4, 4, generator=torch.Generator().manual_seed(k)).requires_grad_() for k in range(9)]
+    for step, z in enumerate(zs):  # all four examples in each of the three steps of an epoch
+        loss(z, y, indices=rows)
+        known = zs[step // 3 * 3 - 1].softmax(1) if step >= 3 else torch.eye(4)
+        expected = torch.lerp(torch.eye(4), known.detach(), loss.alpha)
+        torch.testing.assert_close(loss.targets(y, rows), expected)
+        loss.step()
+
+
 def test_unseen_examples_keep_their_one_hot_target_and_skipped_ones_their_last_prediction():
     loss = PSKD(3, total_steps=10, steps_per_epoch=1)
     y, z = torch.tensor([0, 1, 1]), torch.tensor([[0.3, -1.0], [0.0, 2.0], [1.0, 0.0]], requires_grad=True)

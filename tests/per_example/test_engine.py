@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import pickle
 import warnings
 
@@ -25,7 +26,7 @@ def _seed():
 
 
 def mlp(*widths, dtype=torch.float64):
-    layers = [m for i, o in zip(widths, widths[1:]) for m in (nn.Linear(i, o), nn.Tanh())]
+    layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.Tanh())]
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
@@ -195,7 +196,7 @@ def test_plain_training_is_not_changed_by_the_hooks():
         losses_of(model, x).mean().backward()
         grads.append([p.grad for p in model.parameters()])
         del engine
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 class Largest(TorchDispatchMode):
@@ -222,10 +223,15 @@ def attend(x):
     [
         (nn.Sequential(nn.Linear(200, 150), nn.ReLU(), nn.Linear(150, 100), nn.ReLU(), nn.Linear(100, 10)), (64, 200)),
         (
-            nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 128, 3, stride=4)),
+            nn.Sequential(
+                nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 128, 3, stride=4)
+            ),
             (64, 3, 10, 10),
         ),
-        (nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), (64, 8, 64)),
+        (
+            nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)),
+            (64, 8, 64),
+        ),
     ],
 )
 def test_nowhere_a_matrix_of_the_size_of_the_jacobian(model, x):
@@ -266,7 +272,7 @@ def test_two_losses_of_one_forward():
     a = engine.rows(losses_a, retain_graph=True)
     b = engine.rows(losses_b)
     j = jacobian(model, x)
-    total = torch.cat([(p + q).flatten() for p, q in zip(a.vjp(torch.ones(5)), b.vjp(torch.ones(5)))])
+    total = torch.cat([(p + q).flatten() for p, q in zip(a.vjp(torch.ones(5)), b.vjp(torch.ones(5)), strict=True)])
     torch.testing.assert_close(total, j.sum(0))
     with pytest.raises(RuntimeError, match="second time"):
         engine.rows(losses_b)
@@ -412,7 +418,7 @@ def test_backward_adds_to_grad_and_wakes_the_hooks_of_the_parameters():
     engine.rows(losses_of(model, x)).backward(w)
     assert model.unused.grad is None
     assert len(seen) == 2
-    for p, g in zip([p for p in model.parameters() if p.grad is not None], once):
+    for p, g in zip([p for p in model.parameters() if p.grad is not None], once, strict=True):
         torch.testing.assert_close(p.grad, 2 * g)
 
 

@@ -44,12 +44,16 @@ def jacobian(losses, params):
     rows = []
     for loss in losses:
         grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-        rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads)]))
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)])
+        )
     return torch.stack(rows)
 
 
 def flatten(params, tensors):
-    return torch.cat([(torch.zeros_like(p) if t is None else t).flatten() for p, t in zip(params, tensors)])
+    return torch.cat(
+        [(torch.zeros_like(p) if t is None else t).flatten() for p, t in zip(params, tensors, strict=True)]
+    )
 
 
 def check(rows, j):

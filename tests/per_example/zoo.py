@@ -256,7 +256,9 @@ def attention():
 
 @entry
 def attention_whose_weights_count():
-    return Apply(lambda m, x: m.attention(x, x, x), attention=nn.MultiheadAttention(8, 2, batch_first=True)), images(4, 8)
+    return Apply(lambda m, x: m.attention(x, x, x), attention=nn.MultiheadAttention(8, 2, batch_first=True)), images(
+        4, 8
+    )
 
 
 @entry
@@ -406,9 +408,10 @@ def windows_in_the_batch_dimension():
 
 @entry
 def trees_in_and_out():
-    return Apply(
-        lambda m, x: (m.a(x["a"]), m.b(input=x["b"][0])), a=nn.Linear(3, 2), b=nn.Embedding(7, 3)
-    ), {"a": images(3), "b": (tokens(7, 2),)}
+    return Apply(lambda m, x: (m.a(x["a"]), m.b(input=x["b"][0])), a=nn.Linear(3, 2), b=nn.Embedding(7, 3)), {
+        "a": images(3),
+        "b": (tokens(7, 2),),
+    }
 
 
 @entry

@@ -50,12 +50,9 @@ def test_tasks_are_found_by_walking_the_modules():
 
 
 def test_listing_loads_no_data_library():
-    code = "import sys, steep.tasks as t; t.tasks(); print('sklearn' in sys.modules, 'pydoc_data.topics' in sys.modules)"
-    # judged against what `import steep` alone pulls in
-    bare = "import sys, steep; print('sklearn' in sys.modules, 'pydoc_data.topics' in sys.modules)"
-    listed, alone = (subprocess.run([sys.executable, "-c", c], capture_output=True, text=True) for c in (code, bare))
-    assert listed.returncode == 0, listed.stderr
-    assert listed.stdout == alone.stdout
+    code = "import sys, steep.tasks as t; t.tasks(); print({'sklearn', 'scipy.ndimage', 'PIL'} & set(sys.modules))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert listed.stdout.strip() == "set()", listed.stderr
 
 
 def test_names_with_variants_reach_build():
@@ -126,8 +123,8 @@ def test_one_loss_and_one_score_per_example(recipe):
     losses = recipe.loss(output, y)
     assert losses.shape == indices.shape == (len(x),)
     assert losses.isfinite().all()
-    one = torch.stack([recipe.loss(model(x[i : i + 1]), y[i : i + 1])[0] for i in range(3)])
-    torch.testing.assert_close(losses[:3], one, rtol=1e-4, atol=1e-5)
+    one = torch.stack([recipe.loss(model(x[i : i + 1]), y[i : i + 1])[0] for i in range(2)])
+    torch.testing.assert_close(losses[:2], one, rtol=1e-4, atol=1e-5)
     if y.is_floating_point():
         assert output.shape == y.shape, "a target of another shape would broadcast"
     if recipe.metric:

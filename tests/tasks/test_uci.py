@@ -22,11 +22,10 @@ def table(tmp_path, monkeypatch):
     (tmp_path / "tabular").mkdir()
     np.savez(tmp_path / "tabular/yacht.npz", data=np.column_stack([x, np.full(200, 7.5), y]))
     monkeypatch.setenv("STEEP_DATA", str(tmp_path))
-    return x, y
 
 
-def test_the_last_column_is_the_target_and_all_is_standardised_by_training_statistics(table):
-    x, y = table
+@pytest.mark.usefixtures("table")
+def test_the_last_column_is_the_target_and_all_is_standardised_by_training_statistics():
     data = task("uci:yacht").data(generator())
     train_x, train_y, _ = data.train.dataset[:]
     assert (len(train_x), train_x.shape[1], train_y.shape) == (120, 3, (120, 1))
@@ -41,7 +40,8 @@ def test_the_last_column_is_the_target_and_all_is_standardised_by_training_stati
     np.testing.assert_allclose(np.column_stack([val_x[:, :2], np.ones(40)]) @ law, val_y[:, 0], atol=1e-4)
 
 
-def test_the_network_fits_the_table(table):
+@pytest.mark.usefixtures("table")
+def test_the_network_fits_the_table():
     recipe = task("uci:yacht", steps=300)
     assert [tuple(p.shape) for p in recipe.model().parameters() if p.ndim == 2] == [(64, 3), (64, 64), (1, 64)]
     result = steep.fit(recipe, progress=False)
