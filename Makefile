@@ -20,7 +20,7 @@ demo: .venv/ready  ## compare methods on real data: digits, and a photograph as 
 	$(BIN)/steep compare photo --methods sven adabelief --minutes 3 --out out/photo
 
 test: .venv/ready  ## all tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

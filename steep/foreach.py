@@ -154,21 +154,25 @@ def _gather(
     kinds: dict[Any, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
     for p in params:
         if (g := p.grad) is not None and g.numel() > 0:
-            kind = (p.device, p.dtype, g.layout, p.shape if by_shape else None)
+            kind = (type(p), g.layout, p.dtype, p.device, p.shape if by_shape else None)
             kinds.setdefault(kind, []).append((p, g, optimizer.state[p]))
-    for _, dtype, layout, _ in kinds:
-        _check_kind(type(optimizer).__name__, dtype, layout)
+    for kind in kinds:
+        _check_kind(type(optimizer).__name__, *kind[:3])
     for members in kinds.values():
         _make_state([(p, s) for p, _, s in members if not s], names, per_tensor)
         steps = [s["step"] for _, _, s in members]
-        torch._foreach_add_(steps, torch.tensor(1.0), alpha=1.0)
+        torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)  # a tensor: far faster than a number
         same: dict[float, list[Row]] = {}
         for t, (p, g, s) in zip(torch.stack(steps).tolist(), members, strict=True):
             same.setdefault(t, []).append((p, g, *[s[name] for name in (*names, *per_tensor)]))
         yield from ((int(t), rows) for t, rows in same.items())
 
 
-def _check_kind(owner: str, dtype: torch.dtype, layout: torch.layout) -> None:
+def _check_kind(owner: str, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
+    if hasattr(param, "to_local"):
+        raise RuntimeError(
+            f"{owner} cannot step sharded parameters ({param.__name__}): use DDP, which keeps them whole"
+        )
     if layout is not torch.strided:
         raise RuntimeError(f"{owner} needs dense gradients, got {layout}: use sparse=False, or torch.optim.SparseAdam")
     if dtype.is_complex:
@@ -180,7 +184,7 @@ def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[s
     if not fresh:
         return
     for _, s in fresh:
-        s["step"] = torch.zeros(())
+        s["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     params = [p for p, _ in fresh]
     scalars = [p.new_empty(()) for p in params]
     for name, like in (*((n, params) for n in names), *((n, scalars) for n in per_tensor)):
@@ -254,9 +258,7 @@ class Scratch:
             self.held[key] = like.new_empty(size)
         return self.held[key][:size]
 
-    def copy(
-        self, tensors: tuple[Tensor, ...], dtype: torch.dtype, use: Any, place: Any
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    def copy(self, tensors: Row, dtype: torch.dtype, use: Any, place: Any) -> tuple[Tensor, Row]:
         """The tensors copied into one vector, and its parts in their shapes; all places share the memory for `use`."""
         key = (use, tensors[0].device, dtype, place)
         shapes = tuple([t.shape for t in tensors])
@@ -286,16 +288,18 @@ def _bind(function: Callable[..., Any], scalars: Mapping[str, Any], group: Any, 
 def _run_compiled(
     function: Callable[..., Any], names: Any, flags: Any, numbers: Tensor, param: Tensor, *tensors: Tensor
 ) -> Any:
-    kind = tuple([(n == 1, param.shape.index(n)) for n in param.shape])  # sizes of 1 and equal sizes compile apart
-    kernel = _kernel(function, names, flags, (param.dtype, kind, len(tensors)))
+    # .data: views of parameters of other dimensions would need kernels of their own, their data do not; the price is
+    # to tell autograd of the change
+    data = [t.data for t in (param, *tensors)]
+    sizes = [n for t in data for n in t.shape]
+    kind = (param.dtype, len(data), *[(n == 1, sizes.index(n)) for n in sizes])  # 1 and equal sizes compile apart
+    kernel = _kernel(function, names, flags, kind)
     try:
-        # views of parameters of other dimensions would need kernels of their own, their data do not; the price is to
-        # tell autograd of the change
-        result = kernel(numbers, *[t.data for t in (param, *tensors)])
+        result = kernel(numbers, *data)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise RuntimeError(
-            "compile=True needs a compiler (a C++ compiler such as g++ on CPU, Triton on GPU): "
-            "install one, or pass compile=False"
+            f"compile=True failed ({str(error).splitlines()[0]}): it needs a compiler, a C++ compiler such as g++ on CPU "
+            "or Triton on GPU; install one, or pass compile=False"
         ) from error
     torch.autograd.graph.increment_version(param)
     return result

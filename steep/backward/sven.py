@@ -117,7 +117,7 @@ class Sven:
         means = self._grouped(v) / self.micro_batch
         slopes = self.kappa / 2 * means.abs() ** (self.kappa / 2 - 1)
         slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
-        residuals =  means.abs() ** (self.kappa / 2)
+        residuals = means.sign() * means.abs() ** (self.kappa / 2)
         return residuals, slopes.repeat_interleave(self.micro_batch) / self.micro_batch
 
     def _grouped(self, t: Tensor) -> Tensor:
@@ -126,8 +126,9 @@ class Sven:
 
     def solve(self, gram: Tensor, residuals: Tensor) -> Tensor:
         """Weights ``w = U S^-(1+power) Uᵀ r`` over what is kept; NaN where the Gram matrix is not finite."""
-        if not gram.isfinite().all():
-            return residuals * torch.nan  # as an ordinary backward of a loss that is not finite
+        if not gram.isfinite().all():  # NaN, as from an ordinary backward; some eigen-solvers would raise
+            self.kept_rank = 0
+            return residuals * torch.nan
         squares, u = torch.linalg.eigh(gram)  # ascending
         s = squares.clamp(min=0).sqrt()
         keep = s > max(self.rtol, ROUNDING) * s[-1]

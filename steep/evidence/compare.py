@@ -13,7 +13,7 @@ from rich.console import Console
 from steep.card import cards
 from steep.evidence import report, tuning
 from steep.evidence.assemble import TWIN, assemble, target, warnings
-from steep.evidence.contenders import BASELINE, Contender, MethodLike, contenders
+from steep.evidence.contenders import BASELINE, Contender, MethodLike, contenders, own_card
 from steep.evidence.jobs import Check, Job, picture, preflight
 from steep.evidence.planning import Plan, choose
 from steep.evidence.pool import Failure, Pool
@@ -50,7 +50,7 @@ def compare(
 
     Args:
         recipe: a recipe, a task's name, ``file.py:recipe`` or ``package.module:recipe``.
-        methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, functions from recipe to recipe, or "all".
+        methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, cards, functions of a recipe, or "all".
         minutes: plan trials and seeds to fit.
         seeds: paired confirmation seeds; 8 by default. Fewer than 6 give numbers, but no verdict.
         trials: tuning trials per arm; 8 by default.
@@ -75,10 +75,10 @@ def compare(
         ('adabelief', 'too few seeds')
     """
     named = methods if not isinstance(methods, str) else [methods]
-    functions = {m.__name__: m for m in named if callable(m)}
-    if isinstance(recipe, str) and functions:
-        raise ValueError("methods that are functions need the recipe itself, not its name")
-    source = from_name(recipe) if isinstance(recipe, str) else from_value(recipe, functions)
+    own = {c.id: c for c in (own_card(m) for m in named if not isinstance(m, (str, tuple)))}
+    if isinstance(recipe, str) and own:
+        raise ValueError("methods that are functions or cards need the recipe itself, not its name")
+    source = from_name(recipe) if isinstance(recipe, str) else from_value(recipe, own)
     loaded, _ = source.load()
     metrics = {"loss": False} | ({loaded.metric.name: loaded.metric.higher_is_better} if loaded.metric else {})
     if score not in metrics:
@@ -216,7 +216,7 @@ def _announcement(plan: Plan, arms: Sequence[Contender], left_out: Mapping[str, 
         f"{plan.runs} trainings of {', '.join(a.name for a in arms)} and an A/A control: "
         f"{plan.trials} tuning trials an arm, then {plan.seeds} paired seeds, at equal steps and at equal time.",
         f"About {plan.seconds / 60:.1f} minutes with {workers} worker{'s' if workers > 1 else ''}.",
-        _power(plan, len(arms) - 1),
+        _power(plan, max(1, len(arms) - 1)),
     ]
     return "\n".join(lines + [f"Left out: {name}: {reason}" for name, reason in left_out.items()])
 

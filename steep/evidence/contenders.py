@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from steep.card import Card, Choice, Paper, Range, card, cards, log_uniform
+from steep.card import Card, Choice, Paper, Range, card, log_uniform
 from steep.recipe import Recipe
 
 BASELINE = "baseline"
 LR_SCALE = log_uniform(0.1, 10.0)  # around the learning rate the recipe came with
 
 Methods = tuple[tuple[str, Mapping[str, Any]], ...]  # ids (or function names), each with its hyper-parameters
-MethodLike = str | tuple[str, Mapping[str, Any]] | Callable[[Recipe], Recipe]
+MethodLike = str | tuple[str, Mapping[str, Any]] | Card | Callable[[Recipe], Recipe]
 
 
 def adamw(*, lr: float = 1e-3, weight_decay: float = 1e-2) -> Callable[[Iterable[Any]], Optimizer]:
@@ -45,16 +45,18 @@ class Contender:
     """One arm: methods with their fixed hyper-parameters, and the ranges of the others.
 
     Names in `space` are hyper-parameters (``id.name`` where several methods are joined), or "lr_scale", the
-    factor on the learning rate of a recipe's own optimizer.
+    factor on the learning rate of a recipe's own optimizer. `own` is the card of a method that is not among
+    steep's.
     """
 
     name: str
     methods: Methods = ()
     space: Mapping[str, Range | Choice] = field(default_factory=dict)
+    own: Card | None = None
 
     @property
     def cards(self) -> list[Card]:
-        return [method_card(id) for id, _ in self.methods if id in {**cards(), ADAMW.id: ADAMW}]
+        return [self.own if self.own and self.own.id == id else method_card(id) for id, _ in self.methods]
 
     def settings(self, chosen: Mapping[str, Any]) -> tuple[Methods, float]:
         """Methods with all their hyper-parameters, and the factor on the learning rate."""
@@ -76,23 +78,32 @@ class Contender:
         return next((c.hyper for c in self.cards if c.id == id), {})
 
 
+def own_card(method: Card | Callable[[Recipe], Recipe]) -> Card:
+    """The card of a method that is not among steep's; a plain function gets one without hyper-parameters."""
+    if isinstance(method, Card):
+        return method
+    name = method.__name__
+    return Card(id=name, paper=Paper(name), changes="systems", make=method, plug=method)
+
+
 def contender(method: MethodLike) -> Contender:
-    """An arm from a method's id ("a+b" joins two), an ``(id, hyper)`` pair, or a function from recipe to recipe.
+    """An arm from a method's id ("a+b" joins two), an ``(id, hyper)`` pair, a card, or a function of a recipe.
 
     Raises:
         UnknownName: no such method.
         TypeError: no such hyper-parameter, or a method that is no arm.
         ValueError: a value of the wrong type or out of range.
     """
-    if callable(method):
-        return Contender(method.__name__, ((method.__name__, {}),), {"lr_scale": LR_SCALE})
-    id, fixed = (method, {}) if isinstance(method, str) else (method[0], dict(method[1]))
-    parts = tuple((part, _own(part, id, fixed)) for part in id.split("+"))
-    arm = Contender(id, parts)
-    return Contender(id, parts, _space(arm))
+    if isinstance(method, (str, tuple)):
+        id, fixed = (method, {}) if isinstance(method, str) else (method[0], dict(method[1]))
+        arm = Contender(id, tuple((part, _fixed(part, id, fixed)) for part in id.split("+")))
+    else:
+        own = own_card(method)
+        arm = Contender(own.id, ((own.id, {}),), own=own)
+    return replace(arm, space=_space(arm))
 
 
-def _own(part: str, id: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
+def _fixed(part: str, id: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The fixed hyper-parameters of one of the methods joined in `id`."""
     card(part)
     return dict(fixed) if part == id else {k.partition(".")[2]: v for k, v in fixed.items() if k.startswith(part + ".")}

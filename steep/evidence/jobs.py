@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 import steep
 from steep.batches import split_loaders
+from steep.card import Card
 from steep.evidence.contenders import Contender, Methods, adamw, method_card
 from steep.evidence.source import Source
 from steep.evidence.store import Store
@@ -70,7 +71,7 @@ class ScaledOptimizer:
 
 def arm_recipe(
     recipe: Recipe,
-    functions: Mapping[str, Callable[[Recipe], Recipe]],
+    own: Mapping[str, Card],
     methods: Methods,
     lr_scale: float,
     budget: Budget,
@@ -79,9 +80,7 @@ def arm_recipe(
     recipe = recipe.replace(budget=budget)
     if lr_scale != 1.0:
         recipe = recipe.replace(optimizer=ScaledOptimizer(recipe.optimizer, lr_scale))
-    if len(methods) == 1 and methods[0][0] in functions:
-        return functions[methods[0][0]](recipe.replace(score=recipe.score or recipe.loss))
-    return compose(recipe, [(method_card(id), dict(hyper)) for id, hyper in methods])
+    return compose(recipe, [(own.get(id) or method_card(id), dict(hyper)) for id, hyper in methods])
 
 
 _WARM_UP = Recipe(  # pays for first use of Accelerate, autograd and fused kernels, so that no measured run does
@@ -122,10 +121,10 @@ class Check:
 
 def preflight(contender: Contender, source: Source) -> Check:
     """Train an arm with its defaults for a moment: does it fit the recipe, and how fast is it?"""
-    recipe, functions = _load(source)
+    recipe, own = _load(source)
     methods, _ = contender.settings(contender.defaults())
     limit = min(PREFLIGHT_SECONDS, recipe.budget.seconds or PREFLIGHT_SECONDS)
-    brief = arm_recipe(recipe, functions, methods, 1.0, replace(recipe.budget, seconds=limit))
+    brief = arm_recipe(recipe, own, methods, 1.0, replace(recipe.budget, seconds=limit))
     trained = fit(brief, evaluate_every=sys.maxsize, progress=False)
     evaluation = trained.other_seconds / 2  # on val and on test
     return Check(trained.cpu_seconds / trained.steps, evaluation * EVALUATIONS, trained.horizon)
@@ -139,11 +138,11 @@ def run_job(job: Job, source: Source, directory: str, code: str) -> RunRecord:
     """
     torch.set_num_threads(1)
     store, key = Store(directory), job.key(source, code)
-    recipe, functions = _load(source)
+    recipe, own = _load(source)
     settings = {k: v for k, v in asdict(job).items() if k != "budget"} | {"key": key, "budget": asdict(job.budget)}
     try:
         trained = fit(
-            arm_recipe(recipe, functions, job.methods, job.lr_scale, job.budget),
+            arm_recipe(recipe, own, job.methods, job.lr_scale, job.budget),
             seed=job.seed,
             split_seed=job.split_seed,
             checkpoint=store.checkpoint_path(key),

@@ -24,7 +24,7 @@ import cloudpickle
 import torch
 
 import steep
-from steep.card import UnknownName, cards, nearest
+from steep.card import Card, UnknownName, cards, nearest
 from steep.recipe import Recipe
 from steep.tasks import task, tasks
 
@@ -40,16 +40,15 @@ class Source:
     Args:
         name: what the user typed, or the recipe's name.
         hash: of the recipe's own source.
-        functions: methods that are plain functions, by name (only for recipes made in memory).
-        payload: the pickled recipe and functions, or `None` where `name` is enough.
+        payload: the pickled recipe and its user's own methods, or `None` where `name` is enough.
     """
 
     name: str
     hash: str
     payload: bytes | None = field(default=None, repr=False)
 
-    def load(self) -> tuple[Recipe, Mapping[str, Callable[[Recipe], Recipe]]]:
-        """The recipe, and the methods that are plain functions, by name."""
+    def load(self) -> tuple[Recipe, Mapping[str, Card]]:
+        """The recipe, and the cards of the user's own methods."""
         return cloudpickle.loads(self.payload) if self.payload is not None else (load_recipe(self.name), {})
 
 
@@ -64,19 +63,19 @@ def from_name(name: str) -> Source:
     return Source(name, _hash(attribute, _code(path)))
 
 
-def from_value(recipe: Recipe, functions: Mapping[str, Callable[[Recipe], Recipe]]) -> Source:
-    """Source of a recipe made in memory, with the plain functions it is to be compared with.
+def from_value(recipe: Recipe, own: Mapping[str, Card]) -> Source:
+    """Source of a recipe made in memory, with the user's own methods that it is to be compared with.
 
     Raises:
         RecipeError: it cannot be pickled (it holds an open file, a lock or the like).
     """
     try:
-        payload = cloudpickle.dumps((recipe, dict(functions)))
+        payload = cloudpickle.dumps((recipe, dict(own)))
     except Exception as error:
         raise RecipeError(
             f"the recipe cannot be sent to a worker process ({error}): build such objects inside its factories"
         ) from error
-    return Source(recipe.name, _hash(describe(recipe), *(describe(f) for f in functions.values())), payload)
+    return Source(recipe.name, _hash(describe(recipe), *(describe(c) for c in own.values())), payload)
 
 
 def load_recipe(name: str) -> Recipe:

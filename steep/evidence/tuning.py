@@ -85,4 +85,3 @@ def best(costs: Sequence[float], again: Mapping[int, Sequence[float]]) -> int:
     if again:
         return min(again, key=lambda i: costs[i] + sum(again[i]))
     return min(range(len(costs)), key=lambda i: costs[i])
-

@@ -187,5 +187,6 @@ card = Card(
     make=AdaBelief,
     plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdaBelief, **hyper)),
     space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    neutral={"foreach", "compile"},
     formula="m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) (g - m)^2 + eps;  p -= lr m_hat / (sqrt(s_hat) + eps)",
 )

@@ -323,6 +323,7 @@ card = Card(
     make=AdamP,
     plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdamP, **hyper)),
     space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    neutral={"foreach", "compile"},
     formula="u = m_hat / (sqrt(v_hat) + eps);  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
 )
 
@@ -333,5 +334,7 @@ sgdp_card = Card(
     make=SGDP,
     plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(SGDP, **hyper)),
     space={"lr": log_uniform(1e-3, 1.0), "weight_decay": log_uniform(1e-7, 1e-2)},
+    neutral={"foreach", "compile"},
+    variants={"delta": 10.0},
     formula="u = momentum of g;  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
 )

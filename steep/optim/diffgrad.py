@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from steep.card import Card, Paper, log_uniform
+from steep.card import Card, Paper, choice, log_uniform
 from steep.foreach import Ranges, check_ranges, ema_, load_exactly, sweep
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
@@ -148,6 +148,7 @@ card = Card(
     changes="optim",
     make=DiffGrad,
     plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(DiffGrad, **hyper)),
-    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": choice(0.0, 1e-4, 1e-2)},
+    neutral={"foreach", "compile"},
     formula="p -= lr xi m_hat / sqrt(v_hat)  (Adam's m, v),  xi = sigmoid(|g_previous - g|) in [1/2, 1)",
 )

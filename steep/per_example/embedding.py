@@ -81,11 +81,13 @@ class Lookup(Sliced):
         return replace(self, d=self.d * masks[0].to(self.d)[self.tokens][..., None])
 
 
-@closed_form(nn.Embedding, applies=lambda layer: not layer.scale_grad_by_freq)
+@closed_form(nn.Embedding)
 def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     if not trains(layer.weight):
         return
     tokens, d = x.reshape(batch, -1), grad.reshape(batch, -1, layer.embedding_dim)
     if layer.padding_idx is not None:
         d = d * (tokens != layer.padding_idx)[..., None]
+    if layer.scale_grad_by_freq:
+        d = d / tokens.flatten().bincount()[tokens][..., None]
     yield Lookup((layer.weight,), tokens, d)

@@ -26,28 +26,22 @@ class Rule:
 
     parts: Callable[[Any, Tensor, Tensor, int], Iterator[Part]]
     sample_dims: Callable[[Any], int]
-    applies: Callable[[Any], bool]
 
 
 RULES: dict[type[nn.Module], Rule] = {}
 ALL_BUT_FIRST = lambda layer: -1  # noqa: E731  (a sample is whatever follows the first dimension)
 
 
-def closed_form(
-    *layers: type[nn.Module],
-    sample_dims: Callable[[Any], int] = lambda layer: 1,
-    applies: Callable[[Any], bool] = lambda layer: True,
-) -> Callable[[Any], Any]:
+def closed_form(*layers: type[nn.Module], sample_dims: Callable[[Any], int] = lambda layer: 1) -> Callable[[Any], Any]:
     """Register a rule for layers of these types.
 
     Args:
         layers: types whose own `forward` the rule describes; a subclass that overrides it is left alone.
         sample_dims: ``sample_dims(layer)``: trailing dimensions of the output that belong to one sample.
-        applies: ``applies(layer)``: whether the rule covers the layer's options.
     """
 
     def register(parts: Any) -> Any:
-        RULES.update(dict.fromkeys(layers, Rule(parts, sample_dims, applies)))
+        RULES.update(dict.fromkeys(layers, Rule(parts, sample_dims)))
         return parts
 
     return register
@@ -58,7 +52,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
     for kind in type(layer).__mro__:
         if kind in RULES:
             own = type(layer).forward is kind.forward and {"weight", "bias"} >= set(layer._parameters) >= {"weight"}
-            return RULES[kind] if own and RULES[kind].applies(layer) else None
+            return RULES[kind] if own else None
     return None
 
 

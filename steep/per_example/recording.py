@@ -63,12 +63,8 @@ class Call:
             raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
         with torch.no_grad():
             self.parts = list(self._make_parts(grad.reshape(self.shape), self.batch))
-        self.close()
-
-    def close(self) -> None:
-        """Let go of the layer's inputs."""
         if self.last:
-            self.inputs, self.versions = {}, []
+            self.inputs = {}
 
     def _make_parts(self, grad: Tensor, batch: int) -> Iterable[Part]:
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types

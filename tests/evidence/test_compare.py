@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import steep
+from steep.card import Card, Paper
 from steep.evidence import compare as module
 from steep.evidence import tuning
-from steep.evidence.contenders import BASELINE, contender, contenders
+from steep.evidence.contenders import BASELINE, contender, contenders, own_card
 from steep.evidence.planning import choose, plan_of, tuning_runs
 from steep.evidence.source import RecipeError, code_version, describe, from_value, load_recipe
 from steep.evidence.store import Store, StoreError, open_store
@@ -89,6 +90,7 @@ def arm(study, name):
     return next(a for a in study.arms if a.name == name)
 
 
+@pytest.mark.xdist_group("planted")
 def test_planted_effects_are_found_and_signed(planted):
     study, _ = planted
     assert arm(study, "doubled_rate").scores["loss"].verdict == "helps"
@@ -99,6 +101,7 @@ def test_planted_effects_are_found_and_signed(planted):
     assert not arm(study, "doubled_rate").did_nothing
 
 
+@pytest.mark.xdist_group("planted")
 def test_the_control_is_there_and_differs_from_the_baseline(planted):
     study, _ = planted
     twin = study.arms[-1]
@@ -108,6 +111,7 @@ def test_the_control_is_there_and_differs_from_the_baseline(planted):
     assert not set(study.seeds) & {r.seed for r in twin.runs}
 
 
+@pytest.mark.xdist_group("planted")
 def test_a_diverging_method_is_censored_not_dropped(planted):
     study, _ = planted
     lost = arm(study, "exploding")
@@ -117,6 +121,7 @@ def test_a_diverging_method_is_censored_not_dropped(planted):
     assert any("exploding: 8 of 8 runs diverged" in w for w in study.warnings)
 
 
+@pytest.mark.xdist_group("planted")
 def test_pairs_share_split_initialisation_and_first_batch(planted):
     study, _ = planted
     a, b = study.arms[0].runs, arm(study, "halved").runs
@@ -126,6 +131,7 @@ def test_pairs_share_split_initialisation_and_first_batch(planted):
     assert [r.digest for r in a] == [r.digest for r in same]
 
 
+@pytest.mark.xdist_group("planted")
 def test_the_study_on_disk_is_the_study(planted):
     study, out = planted
     again = Store(out).study()
@@ -207,6 +213,18 @@ def test_methods_with_fixed_hyper_parameters_and_joined_methods():
     assert dict(methods)["ps-kd"] == {"alpha_T": 0.7}
     assert lr_scale == 1.0
     assert contender("ps-kd").space.keys() == {"alpha_T", "lr_scale"}
+
+
+def test_a_card_of_ones_own_is_an_arm_with_its_space():
+    def faster(recipe, *, rate=0.1):
+        return recipe.replace(optimizer=lambda p: torch.optim.SGD(p, lr=rate))
+
+    mine = Card("mine", Paper("Mine"), "optim", faster, plug=faster, space={"rate": steep.log_uniform(0.01, 1)})
+    arm_ = contender(mine)
+    assert arm_.space == mine.space
+    assert arm_.settings({"rate": 0.2}) == ((("mine", {"rate": 0.2}),), 1.0)
+    assert arm_.defaults() == {"rate": 0.1}
+    assert own_card(nothing).summary == "A method that does nothing."
 
 
 def test_an_arm_given_twice(regression):

@@ -147,8 +147,9 @@ class Spy(nn.Module):
         self.seen = []
 
     def forward(self, x):
-        self.seen.append(StorageWeakRef(x.untyped_storage()))
-        return x * 2
+        y = x * 2
+        self.seen += [StorageWeakRef(t.untyped_storage()) for t in (x, y)]
+        return y
 
     def alive(self):
         gc.collect()
@@ -160,7 +161,7 @@ def test_a_forward_that_is_never_used_leaves_nothing_behind():
     model = nn.Sequential(nn.Linear(3, 4), spy, nn.Linear(4, 2))
     engine = PerExample(model)
     out = model[2](spy(torch.tanh(model[0](torch.randn(5, 3)))))
-    assert spy.alive() == 1
+    assert spy.alive() == 2
     del out
     assert spy.alive() == 0
     del engine
@@ -183,7 +184,7 @@ def test_activations_are_let_go_although_the_losses_live_on(outside):
         rows.backward(torch.ones(5))
         del rows
         held.append(losses)
-    assert spy.alive() == (3 if outside else 1)  # the check of the first batch and autograd's share keep the graph
+    assert spy.alive() == (6 if outside else 2)  # the check of the first batch and autograd's share keep the graph
 
 
 def test_plain_training_is_not_changed_by_the_hooks():
@@ -390,6 +391,15 @@ def test_a_wrong_rule_is_noticed_named_and_replaced(rule_for_scale):
     torch.testing.assert_close(rows.gram(), j @ j.T)
     assert engine.left_to_autograd == {"0.weight"}
     torch.testing.assert_close(engine.rows(losses_of(model, x)).gram(), j @ j.T)
+
+
+def test_a_wrong_rule_is_noticed_where_its_gradient_is_next_to_nothing(rule_for_scale):
+    rule_for_scale(1.5)
+    model, x = nn.Sequential(Scale(3), nn.Linear(3, 2).double()), torch.randn(5, 3, dtype=torch.float64)
+    model[1].weight.data.mul_(1e-7)
+    engine = PerExample(model)
+    with pytest.warns(UserWarning, match=r"0\.weight"):
+        engine.rows(losses_of(model, x))
 
 
 def test_the_check_waits_for_a_finite_batch(rule_for_scale):

@@ -306,6 +306,46 @@ def parameters_outside_layers():
 
 
 @entry
+def offset_with_a_factor():
+    return Apply(
+        lambda m, x: torch.add(m.linear(x), m.offset, alpha=2), linear=nn.Linear(3, 3), offset=parameter(3)
+    ), images(3)
+
+
+@entry
+def offset_of_an_offset():
+    return Apply(
+        lambda m, x: m.linear(x) + (m.rows + m.offset),
+        linear=nn.Linear(3, 3),
+        rows=parameter(4, 3),
+        offset=parameter(3),
+    ), images(4, 3)
+
+
+@entry
+def weight_that_is_a_sum():
+    return Apply(
+        lambda m, x: F.linear(m.linear(x), m.matrix + m.row),
+        linear=nn.Linear(3, 3),
+        matrix=parameter(4, 3),
+        row=parameter(3),
+    ), images(3)
+
+
+@entry
+def layer_that_hands_on_its_input():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = parameter(4)
+
+        def forward(self, x):
+            return x
+
+    return nn.Sequential(nn.Linear(3, 4), Switch(), nn.Linear(4, 2)), images(3)
+
+
+@entry
 def offset_added_twice():
     return Apply(lambda m, x: m.linear(x + m.offset) + m.offset, linear=nn.Linear(3, 3), offset=parameter(3)), images(3)
 
@@ -348,6 +388,7 @@ def custom_function():
         @staticmethod
         def backward(ctx, grad):
             x, weight = ctx.saved_tensors
+            assert grad.abs().max().item() >= 0  # no vmap over this
             return grad * 3 * x**2 * weight, (grad * x**3).sum(0)
 
     return Apply(lambda m, x: m.linear(Cube.apply(x, m.weight)), linear=nn.Linear(3, 2), weight=parameter(3)), images(3)
