@@ -255,8 +255,8 @@ def poorer_recipes() -> dict[str, Recipe]:
     def without(change: Callable[[Any], Any]) -> Callable[[torch.Generator], Data]:
         def data(generator: torch.Generator) -> Data:
             full = whole.data(generator)
-            loader = [change(batch) for batch in full.train]
-            return dataclasses.replace(full, train=loader, clients=())
+            train, val = ([change(batch) for batch in loader] for loader in (full.train, full.val))
+            return Data(train, val)
 
         return data
 

@@ -84,16 +84,12 @@ class Training:
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
         self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
-        self.vector_for = next((self._name(k) for k, needs in self.needs.items() if "losses" in needs), None)
+        self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
     def _rounds(self, seed: int) -> Iterator[Tensor]:
         if self.recipe.rounds is None:
             return Epochs(self.run.data.train, self.train_step, Stream(seed, "order"))
         return self.recipe.rounds(self.model, self.run, self.losses)
-
-    def _name(self, part: str) -> str:
-        value = self.named[part]
-        return getattr(value, "__name__", type(value).__name__)
 
     def check(self) -> None:
         """Compare what the parts need with what the first batch shows.
@@ -103,8 +99,9 @@ class Training:
         """
         with Stream(0, "check").active():
             batch = Batch(*next(iter(self.run.data.train)))
-        for part, needs in self.needs.items():
-            check_needs(self._name(part), needs, Facts(self.model, self.run.data, batch))
+        facts = Facts(self.model, self.run.data, batch)
+        for part in (*self.named.values(), self.run.data.train, *self.run.parts):
+            check_needs(_name(part), getattr(part, "needs", ()), facts)
 
     @property
     def step(self) -> int:
@@ -183,8 +180,9 @@ class Training:
         return entry
 
     def _stateful(self) -> dict[str, Any]:
-        parts = {"model": self.model, **self.named, "scheduler": self.scheduler, "train": self.run.data.train}
+        parts = {"model": self.model, "train": self.run.data.train}  # before the rounds, which replay batches
         parts |= {f"part{i}": part for i, part in enumerate(self.run.parts)}
+        parts |= {**self.named, "scheduler": self.scheduler}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
@@ -239,6 +237,10 @@ class Training:
         return (
             "inputs, targets and parameters are finite, so it is the forward pass or the loss; lower the learning rate"
         )
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "__name__", type(part).__name__)
 
 
 def _shorten(items: list[int], most: int = 8) -> str:

@@ -142,7 +142,7 @@ def _broadcast(node: Any, edge: tuple[Any, int], batch: int, names: dict[Tensor,
         return None
     shape, batched = child._input_metadata[nr].shape, node._input_metadata[0].shape
     lacks_batch = len(shape) < len(batched) or shape[0] == 1
-    if batch == 1 or not batched or not lacks_batch:
+    if batch == 1 or not batched or batched[0] != batch or not lacks_batch:
         return None
     params = tuple(dict.fromkeys(leaf for leaf in _leaves(child) if leaf in names))
     return Broadcast(node, GradientEdge(child, nr), shape, params) if params else None
