@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -23,9 +24,9 @@ STEPS, BATCH = 400, 64
 
 
 def model() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
-    )
+    widths = (784, 256, 256, 128)
+    hidden = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(128, 10))
 
 
 def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

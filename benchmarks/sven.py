@@ -189,6 +189,7 @@ def main() -> None:
         print(name, json.dumps(figures[name], indent=2))
     if options.out:
         report = {"figures": figures, "hardware": hardware(), "versions": versions()}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

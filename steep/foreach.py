@@ -35,7 +35,9 @@ Ranges = Mapping[str, str | tuple[str, ...]]
 GRAD = 1  # the place of the gradient in a row; never written
 ALONE = 2**16  # elements above which a tensor is worth calls of its own
 BUCKET = 2**20  # elements in a bucket, at most
-MARGIN = 16  # elements before state
+MARGIN = 272  # elements before the first name's state, the second's is two margins from the start, and so on: vectors
+# that lie alike in their memory pages get into each other's way in the cache (a fifth of a compiled step), and kernels
+# would be built twice, for offset 0 and for others
 
 
 class RowRule(NamedTuple):
@@ -57,6 +59,16 @@ def ema_(average: Tensor, value: Tensor, beta: float | Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # there lerp_ would compare its weight with 1/2 at every element
         return average.add_((value - average) * (1 - beta))
     return average.lerp_(value, 1 - beta)
+
+
+def descend_(param: Tensor, step_size: Any, numerator: Tensor, denominator: Tensor | None = None) -> None:
+    """param = param - step_size numerator / denominator, in place."""
+    if torch.compiler.is_compiling():  # there step_size is a tensor, which alpha and value must not be
+        param.sub_(step_size * (numerator if denominator is None else numerator / denominator))
+    elif denominator is None:
+        param.sub_(numerator, alpha=step_size)
+    else:
+        param.addcdiv_(numerator, denominator, value=-step_size)
 
 
 def sweep(
@@ -187,9 +199,9 @@ def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[s
         s["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     params = [p for p, _ in fresh]
     scalars = [p.new_empty(()) for p in params]
-    for name, like in (*((n, params) for n in names), *((n, scalars) for n in per_tensor)):
-        # the margin is for compiled kernels, which would be built twice: for offset 0 and for others
-        flat = params[0].new_zeros(MARGIN + sum(t.numel() for t in like), dtype=working_dtype(params[0].dtype))[MARGIN:]
+    for i, (name, like) in enumerate((*((n, params) for n in names), *((n, scalars) for n in per_tensor))):
+        margin = (i + 1) * MARGIN
+        flat = params[0].new_zeros(margin + sum(t.numel() for t in like), dtype=working_dtype(params[0].dtype))[margin:]
         for (_, s), part in zip(fresh, _unflatten_dense_tensors(flat, like), strict=True):
             s[name] = part
 
@@ -233,6 +245,8 @@ def _join(rows: list[Row], size: int) -> Iterator[list[Row]]:
 
 def _end_to_end(tensors: Row, dtype: torch.dtype) -> Tensor | None:
     """The tensors as one vector that shares their memory, if they lie there one after the other."""
+    if len(tensors) == 1:
+        return tensors[0].view(-1) if tensors[0].dtype == dtype and tensors[0].is_contiguous() else None
     start = end = tensors[0].data_ptr()
     for t in tensors:
         if t.data_ptr() != end or t.dtype != dtype or not t.is_contiguous():
@@ -282,37 +296,39 @@ def _bind(function: Callable[..., Any], scalars: Mapping[str, Any], group: Any, 
     flags = tuple((k, v) for k, v in scalars.items() if k not in numbers)
     values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=device)
     torch._dynamo.mark_static(values)
-    return partial(_run_compiled, function, tuple(numbers), flags, values)
+    return partial(_run_compiled, _kernels(function, tuple(numbers), flags), values)
 
 
-def _run_compiled(
-    function: Callable[..., Any], names: Any, flags: Any, numbers: Tensor, param: Tensor, *tensors: Tensor
-) -> Any:
+def _run_compiled(kernels: Callable[[Any], Any], numbers: Tensor, param: Tensor, *tensors: Tensor) -> Any:
     # .data: views of parameters of other dimensions would need kernels of their own, their data do not; the price is
     # to tell autograd of the change
     data = [t.data for t in (param, *tensors)]
     sizes = [n for t in data for n in t.shape]
-    kind = (param.dtype, len(data), *[(n == 1, sizes.index(n)) for n in sizes])  # 1 and equal sizes compile apart
-    kernel = _kernel(function, names, flags, kind)
+    kernel = kernels((param.dtype, *[(n == 1, sizes.index(n)) for n in sizes]))  # 1 and equal sizes compile apart
     try:
         result = kernel(numbers, *data)
     except torch._dynamo.exc.BackendCompilerFailed as error:
         raise RuntimeError(
-            f"compile=True failed ({str(error).splitlines()[0]}): it needs a compiler, a C++ compiler such as g++ on CPU "
-            "or Triton on GPU; install one, or pass compile=False"
+            f"compile=True failed ({str(error).splitlines()[0]}): it needs a compiler (on CPU one of C++, such as g++; "
+            "on GPU Triton); install one, or pass compile=False"
         ) from error
     torch.autograd.graph.increment_version(param)
     return result
 
 
 @cache
-def _kernel(function: Callable[..., Any], names: tuple[str, ...], flags: Any, kind: Any) -> Callable[..., Any]:
+def _kernels(function: Callable[..., Any], names: tuple[str, ...], flags: Any) -> Callable[[Any], Any]:
+    """A kernel of `function` for each kind of tensors."""
+
     def call(numbers: Tensor, *tensors: Tensor) -> Any:
         return function(*tensors, **dict(zip(names, numbers.unbind(), strict=True)), **dict(flags))
 
-    # torch keeps a limited number of variants per code object, so every kind of call gets a code object of its own
-    own = FunctionType(call.__code__.replace(), globals(), "kernel", None, call.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=True)
+    # torch keeps a limited number of variants per code object, so every kind gets a code object of its own
+    def kernel(kind: Any) -> Any:
+        own = FunctionType(call.__code__.replace(), globals(), "kernel", None, call.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=True)
+
+    return cache(kernel)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

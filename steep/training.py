@@ -258,4 +258,3 @@ def _parts(batch: Batch, count: int) -> Iterator[Batch]:
         raise ValueError("gradient accumulation splits batches of tensors; x or y is no tensor")
     sections = [t.tensor_split(min(count, batch.size)) if t is not None else None for t in batch]
     return (Batch(*(s[i] if s is not None else None for s in sections)) for i in range(min(count, batch.size)))
-

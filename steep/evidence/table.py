@@ -265,7 +265,7 @@ def cells(arm: Arm, study: Study) -> dict[str, str]:
         "p (Holm)": significance(c.p_holm) if c is not None else "",
         "equal steps": verdict(arm, c),
         "equal time": verdict(arm, timed),
-        "seconds": cost_ratio(arm, study, lambda run: run.seconds),
+        "CPU": cost_ratio(arm, study, lambda run: run.cpu_seconds),
         "memory": cost_ratio(arm, study, lambda run: run.peak_memory),
     }
 
@@ -312,7 +312,7 @@ def _fitting(rows: list[dict[str, str]], width: int) -> tuple[list[str], int]:
     headings = list(rows[0]) if rows else []
     widths = {h: max(len(text) for text in [*(row[h] for row in rows), *_stacked(h).split("\n")]) for h in headings}
     secondary = [h for h in headings[2:] if h.startswith("test ")]
-    for dropped in (None, "memory", "seconds", *secondary, "p (Holm)", "equal time"):
+    for dropped in (None, "memory", "CPU", *secondary, "p (Holm)", "equal time"):
         widths.pop(dropped or "", None)
         for gap in (2, 1):
             if sum(widths.values()) + gap * (len(widths) - 1) <= width:

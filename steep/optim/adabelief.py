@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import Ranges, check_ranges, ema_, load_exactly, sweep
+from steep.foreach import Ranges, check_ranges, descend_, ema_, load_exactly, sweep
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 
@@ -67,10 +67,7 @@ def update(
     ema_(s, (g - m).square_(), beta2).add_(eps)
     if s_max is not None:
         s = s_max.copy_(torch.maximum(s_max, s))
-    if adaptive:
-        p.addcdiv_(m * -step_size, s.sqrt().add_(damping))
-    else:
-        p.sub_(m * step_size)
+    descend_(p, step_size, m, s.sqrt().add_(damping) if adaptive else None)
 
 
 def rectification(t: int, beta2: float) -> float | None:

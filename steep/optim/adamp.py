@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import Ranges, RowRule, check_ranges, ema_, load_exactly, sweep, sweep_rows
+from steep.foreach import Ranges, RowRule, check_ranges, descend_, ema_, load_exactly, sweep, sweep_rows
 
 Number = float | Tensor
 
@@ -65,7 +65,7 @@ def adam(
     """Take g into Adam's moments and fill u, up to its factor in t."""
     ema_(m, g, beta1)
     ema_(v, g.square(), beta2)
-    u.copy_((beta1 * m + (1 - beta1) * g if nesterov else m) / v.sqrt().add_(damping))
+    torch.div(beta1 * m + (1 - beta1) * g if nesterov else m, v.sqrt().add_(damping), out=u)
 
 
 def sgd(u: Tensor, g: Tensor, b: Tensor, *, momentum: Number, dampening: Number, nesterov: bool, **_: Any) -> None:
@@ -78,7 +78,7 @@ def _plain(direction: Callable[..., None], w: Tensor, g: Tensor, *state: Tensor,
     """The step of parameters that are never projected."""
     u = torch.empty_like(w)
     direction(u, -g if scalars["maximize"] else g, *state, **scalars)
-    w.mul_(1 - scalars["decay"]).sub_(u.mul_(scalars["step_size"]))
+    descend_(w.mul_(1 - scalars["decay"]), scalars["step_size"], u)
 
 
 def _measure(direction: Callable[..., None], w: Tensor, g: Tensor, *rest: Tensor, **scalars: Any) -> Tensor:
@@ -118,7 +118,7 @@ def _project(rows: Tensor, columns: int, delta: Number, eps: Number) -> tuple[Te
 
 
 def _apply(w: Tensor, u: Tensor, factor: Tensor, *, step_size: Number, **_: Any) -> None:
-    w.mul_(factor).sub_(u * step_size)
+    descend_(w.mul_(factor), step_size, u)
 
 
 ADAM = RowRule(partial(_measure, adam), _decide, _apply)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, choice, log_uniform
-from steep.foreach import Ranges, check_ranges, ema_, load_exactly, sweep
+from steep.foreach import Ranges, check_ranges, descend_, ema_, load_exactly, sweep
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
@@ -58,7 +58,7 @@ def update(
     ema_(v, g.square(), beta2)
     friction = (previous - g).abs_().sigmoid_()
     previous.copy_(g)
-    p.addcdiv_(friction.mul_(m).mul_(-step_size), v.sqrt().add_(eps))
+    descend_(p, step_size, friction.mul_(m), v.sqrt().add_(eps))
 
 
 def _scalars(group: dict[str, Any], t: int) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def through_broadcast(edge: GradientEdge, params: tuple[Tensor, ...], grad: Tens
 
 
 def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
-    """A layer without a rule, differentiated one example at a time.
+    """A layer without a rule, differentiated one example at a time; `vjp` forbids it to change its buffers.
 
     Args:
         inputs: by position or name; tensors whose first dimension is the batch hold one entry per example.

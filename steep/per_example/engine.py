@@ -27,15 +27,16 @@ class PerExample:
 
     Closed forms cover Linear, Conv1d and Conv2d, LayerNorm, GroupNorm, BatchNorm in evaluation mode and Embedding,
     tied and reused weights among them. Other layers are differentiated one example at a time, and parameters used
-    outside layers cost one backward per example. The rows are exact: on the first batch a weighted sum of them
-    is compared with an ordinary backward, and parameters that differ are left to autograd from then on.
+    outside layers cost one backward per example. The rows are exact: on the first batch (and when a layer's output
+    fits the batch after it had not) a weighted sum of them is compared with an ordinary backward, and parameters
+    that differ are left to autograd from then on.
 
     Args:
         model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
         check: compare the first batch with an ordinary backward.
 
     Attributes:
-        left_to_autograd: names of parameters whose layers' records proved unusable.
+        left_to_autograd: names of parameters whose layers' records proved wrong.
 
     Example:
         >>> import torch
@@ -50,7 +51,8 @@ class PerExample:
     def __init__(self, model: nn.Module, *, check: bool = True):
         self.model = model
         self.left_to_autograd: set[str] = set()
-        self._unchecked = check
+        self._check = self._unchecked = check
+        self._unfit: set[str] = set()
         self._key = object()
         handles = [
             layer.register_forward_hook(Recorder(name, self._key), with_kwargs=True)
@@ -59,7 +61,7 @@ class PerExample:
         self.remove = weakref.finalize(self, _remove_all, handles)
 
     def __reduce__(self) -> Any:
-        return _remade, (self.model, self._unchecked, self.left_to_autograd)
+        return _remade, (self.model, self._check, self.left_to_autograd)
 
     def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
         """The rows of the Jacobian of `losses` with respect to the parameters that train, one per example.
@@ -90,17 +92,21 @@ class PerExample:
         return assemble(parts, names, outside | wrong, losses) if wrong else rows
 
     def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
-        """Whether a record is usable. A layer that once was not is left to autograd for good."""
+        """Whether a record is usable. Outputs that fit the batch after all may do so by accident: check again."""
         if call.couples:
             raise UnmetNeed(
                 "per-example gradients need examples that do not influence each other's outputs, but "
                 f"{call.name} ({type(call.layer).__name__}) is in training mode: {NEEDS['independent_examples'].remedy}"
             )
         trained = {names[p] for p in call.params if p in names}
-        if call.holds(batch) and not trained & self.left_to_autograd:
-            return True
-        self.left_to_autograd |= trained
-        return False
+        if trained & self.left_to_autograd:
+            return False
+        if not call.holds(batch):
+            self._unfit |= trained
+            return False
+        self._unchecked |= self._check and bool(trained & self._unfit)
+        self._unfit -= trained
+        return True
 
 
 def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExample:

@@ -51,9 +51,15 @@ def rule_of(layer: nn.Module) -> Rule | None:
     """The closed form of a layer, or `None`: no rule, an overridden `forward`, or weights that are computed."""
     for kind in type(layer).__mro__:
         if kind in RULES:
-            own = type(layer).forward is kind.forward and {"weight", "bias"} >= set(layer._parameters) >= {"weight"}
-            return RULES[kind] if own else None
+            return RULES[kind] if type(layer).forward is kind.forward and not _computes_weights(layer) else None
     return None
+
+
+def _computes_weights(layer: nn.Module) -> bool:
+    """By a parametrization, or by a hook that leaves a tensor in the parameter's place (`nn.utils.weight_norm`)."""
+    return "parametrizations" in layer._modules or any(
+        isinstance(vars(layer).get(name), Tensor) for name in ("weight", "bias")
+    )
 
 
 def trains(parameter: Tensor | None) -> TypeGuard[Tensor]:

@@ -54,7 +54,7 @@ def _picture(model: nn.Module | None, name: str, height: int) -> Tensor:
         return model(_coordinates(*image.shape[:2]).to(device)).view(image.shape).clamp(0, 1).cpu()
 
 
-def _photo(name: str = "china", *, height: int = 96, batch_size: int = 256, epochs: int = 35) -> Recipe:
+def _photo(name: str = "china", *, height: int = 96, batch_size: int = 256, epochs: int = 20) -> Recipe:
     return Recipe(
         data=partial(_data, name=name, height=height, batch_size=batch_size),
         model=_model,

@@ -43,7 +43,7 @@ def higher(percent: float) -> float:
 def run(loss: float | None, seed: int = 0, **changes: Any) -> RunRecord:
     """A confirmation run; one that diverged where the loss is None."""
     scores = {} if loss is None else {"loss": loss, "accuracy": 1 - loss}
-    costs = {"seconds": 2.0, "peak_memory": 1000} | changes
+    costs = {"cpu_seconds": 2.0, "peak_memory": 1000} | changes
     outcome = "diverged" if loss is None else "finished"
     return RunRecord(f"k{seed}", "x", "confirm", (), 1.0, seed, seed, {}, outcome, test=scores, **costs)
 
@@ -239,7 +239,8 @@ def test_medians_count_unfinished_runs_as_worst() -> None:
 
 
 def test_row_of_an_arm() -> None:
-    runs = [run(0.1, seconds=3.0, peak_memory=1500), run(0.2, seconds=5.0, peak_memory=None), run(0.3, seconds=3.0)]
+    costs = [{"cpu_seconds": 3.0, "peak_memory": 1500}, {"cpu_seconds": 5.0, "peak_memory": None}, {"cpu_seconds": 3.0}]
+    runs = [run(loss, **cost) for loss, cost in zip((0.1, 0.2, 0.3), costs, strict=True)]
     of = study(arm("sven", HELPS, UNCLEAR, runs=runs))
     assert table.cells(of.arms[1], of) == {
         "arm": "sven",
@@ -249,7 +250,7 @@ def test_row_of_an_arm() -> None:
         "p (Holm)": "0.016",
         "equal steps": "helps",
         "equal time": "no evidence",
-        "seconds": "1.5×",
+        "CPU": "1.5×",
         "memory": "1.25×",
     }
 
@@ -257,7 +258,7 @@ def test_row_of_an_arm() -> None:
 def test_row_of_an_arm_that_never_finished() -> None:
     of = study(arm("wild", runs=[run(None), run(None)]))
     row = table.cells(of.arms[1], of)
-    assert (row["test loss"], row["seconds"], row["equal steps"]) == ("unfinished", "–", "")
+    assert (row["test loss"], row["CPU"], row["equal steps"]) == ("unfinished", "–", "")
 
 
 def full() -> Study:
@@ -284,7 +285,7 @@ def test_table_fits_the_terminal(width: int) -> None:
 def test_narrow_tables_give_up_side_issues_first() -> None:
     wide, narrow, narrowest = (shown(full(), width) for width in (100, 80, 60))
     assert "memory" in wide
-    assert "seconds" in wide
+    assert "CPU" in wide
     assert "accuracy" in wide
     assert "memory" not in narrow
     assert "(Holm)" in narrow

@@ -402,6 +402,58 @@ def test_a_wrong_rule_is_noticed_where_its_gradient_is_next_to_nothing(rule_for_
         engine.rows(losses_of(model, x))
 
 
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_layer_whose_output_fits_a_later_batch_by_accident_is_checked_then():
+    model = TimeFirst()
+    engine = PerExample(model)
+    for length in (4, 5, 5, 4):  # of 5 examples
+        x = torch.randn(5, length, 3, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows = engine.rows(losses_of(model, x))
+        j = jacobian(model, x)
+        torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert engine.left_to_autograd == {"linear.weight", "linear.bias"}
+
+
+def test_an_odd_batch_does_not_make_the_others_slow():
+    model, x = mlp(3, 4, 2), torch.randn(6, 3, dtype=torch.float64)
+    engine = PerExample(model)
+    for chosen in (slice(None), slice(0, 4), slice(None)):
+        rows = engine.rows(losses_of(model, x)[chosen])
+        j = jacobian(model, x)[chosen]
+        torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert {type(part).__name__ for part in rows.parts} == {"Outer"}
+
+
+def test_running_a_layer_again_does_not_change_its_buffers():
+    class Counting(Scale):
+        def __init__(self):
+            super().__init__(3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.weight
+
+    model, x = nn.Sequential(Counting(), nn.Linear(3, 2).double()), torch.randn(5, 3, dtype=torch.float64)
+    rows = PerExample(model).rows(losses_of(model, x))
+    assert {type(part).__name__ for part in rows.parts} == {"Outer", "Blocks"}
+    plain = Scale(3)
+    plain.weight = model[0].weight
+    j = jacobian(nn.Sequential(plain, model[1]), x)
+    torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert model[0].calls == 1
+
+
 def test_the_check_waits_for_a_finite_batch(rule_for_scale):
     rule_for_scale(2.0)
     model, x = nn.Sequential(Scale(3), nn.Linear(3, 2).double()), torch.randn(5, 3, dtype=torch.float64)

@@ -356,6 +356,27 @@ def parametrized_weight():
 
 
 @entry
+def parametrized_bias_and_weight_computed_by_a_hook():
+    return nn.Sequential(
+        weight_norm(nn.Linear(3, 6), "bias", dim=None), nn.utils.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)
+    ), images(3)
+
+
+@entry
+def layer_with_a_buffer_that_it_changes():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(3, 2)
+            self.register_buffer("calls", torch.zeros(2, dtype=torch.float64))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * (1 + 0.1 * self.calls)
+
+    return nn.Sequential(nn.Linear(3, 3), Counting()), images(3)
+
+
+@entry
 def custom_layer():
     class Quadratic(nn.Module):
         def __init__(self):
