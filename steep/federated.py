@@ -26,6 +26,7 @@ from steep.epochs import generators
 from steep.needs import NEEDS, UnmetNeed
 from steep.randomness import Stream
 from steep.randomness import generator as generator_of
+from steep.validation import require
 
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
@@ -207,8 +208,8 @@ class Federation:
     ):
         if len(clients) == 0:
             raise UnmetNeed(f"{type(self).__name__} needs {NEEDS['clients'].what}: {NEEDS['clients'].remedy}")
-        check_range("fraction", fraction, 0 < fraction <= 1, "in (0, 1]")
-        check_range("local_steps", local_steps, isinstance(local_steps, int) and local_steps >= 1, "an integer >= 1")
+        require("fraction", fraction, 0 < fraction <= 1, "in (0, 1]")
+        require("local_steps", local_steps, isinstance(local_steps, int) and local_steps >= 1, "an integer >= 1")
         self.model, self.loaders, self.fraction, self.local_steps = model, clients, fraction, local_steps
         self.client_step, self.server_step = client_step, server_step
         self.seed, self.round = int(torch.randint(2**62, (), generator=generator)), 0
@@ -292,18 +293,12 @@ def local_batches(loader: Loader, steps: int, order: Stream) -> Iterator[Any]:
         yield batch
 
 
-def check_range(name: str, value: Any, valid: bool, allowed: str) -> None:
-    """Raise `ValueError` naming the argument, its value and what is allowed, unless `valid`."""
-    if not valid:
-        raise ValueError(f"{name}={value!r} must be {allowed}")
-
-
 def check_local_sgd(lr: float, lr_decay: float, weight_decay: float, clip_norm: float) -> None:
     """Raise `ValueError` for hyper-parameters of local SGD that are out of range."""
-    check_range("lr", lr, lr > 0, "positive")
-    check_range("lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
-    check_range("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-    check_range("clip_norm", clip_norm, clip_norm > 0, "positive (math.inf: no clipping)")
+    require("lr", lr, lr > 0, "positive")
+    require("lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
+    require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
+    require("clip_norm", clip_norm, clip_norm > 0, "positive (math.inf: no clipping)")
 
 
 def _examples(i: int, loader: Loader) -> int:

@@ -34,6 +34,7 @@ from torch.nn.utils import parametrize
 
 from steep.card import Card, Paper, choice, uniform
 from steep.recipe import Recipe, Run, late
+from steep.validation import require
 
 SCHEDULES = (
     "mask-decay-exponential",
@@ -307,27 +308,22 @@ def apply_nm_gradient_flow(
         0.875
         >>> sparsity.merge()
     """
-    _check("schedule", schedule, schedule in SCHEDULES, f"one of {SCHEDULES}")
-    _check("flow", flow, flow in FLOWS, f"one of {FLOWS}")
-    _check("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
-    _check("m", m, isinstance(m, int) and m >= 1, "a whole number >= 1")
-    _check("n", n, isinstance(n, int) and 1 <= n <= m, f"a whole number between 1 and m={m}")
+    require("schedule", schedule, schedule in SCHEDULES, f"one of {SCHEDULES}")
+    require("flow", flow, flow in FLOWS, f"one of {FLOWS}")
+    require("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
+    require("m", m, isinstance(m, int) and m >= 1, "a whole number >= 1")
+    require("n", n, isinstance(n, int) and 1 <= n <= m, f"a whole number between 1 and m={m}")
     halving = m % n == 0 and (m // n).bit_count() == 1
-    _check("m", m, halving or schedule != "structure-decay-stepwise", f"n={n} times a power of two for {schedule!r}")
-    _check("dense_fraction", dense_fraction, 0 <= dense_fraction < 1, "in [0, 1)")
+    require("m", m, halving or schedule != "structure-decay-stepwise", f"n={n} times a power of two for {schedule!r}")
+    require("dense_fraction", dense_fraction, 0 <= dense_fraction < 1, "in [0, 1)")
     rest = 1 - dense_fraction
-    _check("finetune_fraction", finetune_fraction, 0 <= finetune_fraction <= rest, f"in [0, {rest:g}], what is left")
-    _check("rate", rate, rate is None or 0 < rate < math.inf, "positive and finite, or None")
-    _check("sr_decay", sr_decay, 0 <= sr_decay < math.inf, "finite and >= 0")
+    require("finetune_fraction", finetune_fraction, 0 <= finetune_fraction <= rest, f"in [0, {rest:g}], what is left")
+    require("rate", rate, rate is None or 0 < rate < math.inf, "positive and finite, or None")
+    require("sr_decay", sr_decay, 0 <= sr_decay < math.inf, "finite and >= 0")
     start, end = round(dense_fraction * total_steps), total_steps - round(finetune_fraction * total_steps)
     plan = Schedule(schedule, n, m, start, end, rate or _default_rate(schedule, end - start))
     chosen = _select(model, layers, max(size for _, size in plan.stages))
     return NMSparsity(model, chosen, plan, flow, sr_decay)
-
-
-def _check(name: str, value: Any, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}={value!r} must be {allowed}")
 
 
 def _default_rate(schedule: str, steps: int) -> float:

@@ -52,7 +52,6 @@ from steep.federated import (
     Tensors,
     add,
     check_local_sgd,
-    check_range,
     clip,
     descend,
     mean,
@@ -62,6 +61,7 @@ from steep.federated import (
     take,
     zeros,
 )
+from steep.validation import require
 
 DualAverage = Literal["all", "active", "none"]
 
@@ -187,10 +187,10 @@ class FedSpeed(Federation):
         clip_norm: float = 10.0,
     ):
         check_local_sgd(lr, lr_decay, weight_decay, clip_norm)
-        check_range("prox", prox, prox >= 0, "at least 0")
-        check_range("rho", rho, rho >= 0, "at least 0")
-        check_range("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-        check_range("dual_average", dual_average, dual_average in get_args(DualAverage), "'all', 'active' or 'none'")
+        require("prox", prox, prox >= 0, "at least 0")
+        require("rho", rho, rho >= 0, "at least 0")
+        require("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+        require("dual_average", dual_average, dual_average in get_args(DualAverage), "'all', 'active' or 'none'")
         local = partial(
             client_step,
             oracle=Oracle(model, local_step),
