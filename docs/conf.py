@@ -30,6 +30,12 @@ sphinx_gallery_conf = {
 nitpicky = False
 
 
+def reference(made):
+    """The directive that documents a class or a function."""
+    name = f"{made.__module__}.{made.__qualname__}"
+    return f".. autoclass:: {name}\n   :members:" if isinstance(made, type) else f".. autofunction:: {name}"
+
+
 def method_page(card):
     """A page about one method, from its card and docstrings."""
     doc = inspect.getdoc(sys.modules[card.make.__module__]) or ""
@@ -45,8 +51,7 @@ def method_page(card):
         f"## In detail\n\n```text\n{doc}\n```",
         f"## Hyper-parameters\n\n| name | default |\n|---|---|\n{rows}" if rows else "",
         f"## Needs\n\n{needs}" if needs else "",
-        f"## Reference\n\n```{{eval-rst}}\n.. auto{'class' if isinstance(card.make, type) else 'function'}:: "
-        f"{card.make.__module__}.{card.make.__qualname__}\n   :members:\n```",
+        f"## Reference\n\n```{{eval-rst}}\n{reference(card.make)}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

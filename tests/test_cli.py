@@ -1,0 +1,117 @@
+"""The command line as a newcomer meets it: right input, wrong input, exit codes."""
+
+import sys
+
+import pytest
+
+import steep
+from steep import cli
+from steep.evidence.store import Store
+
+
+def run(monkeypatch, *arguments):
+    """Exit code of ``steep ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["steep", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code or 0
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch, steep\n"
+        "def data(g):\n"
+        "    x = torch.randn(60, 3, generator=g)\n"
+        "    return steep.split_loaders(x, x.sum(1), g, batch_size=8)\n"
+        "recipe = steep.Recipe(data=data, model=lambda: torch.nn.Linear(3, 1),\n"
+        "    loss=lambda o, t: (o.squeeze(-1) - t).square(),\n"
+        "    optimizer=lambda p: torch.optim.SGD(p, lr=0.1), budget=steep.Budget(steps=8), name='mine')\n"
+    )
+    return f"{path}:recipe"
+
+
+def test_list_names_every_method_and_task(monkeypatch, capsys):
+    assert run(monkeypatch, "list") == 0
+    shown = capsys.readouterr().out
+    assert all(id in shown for id in steep.cards())
+    assert run(monkeypatch, "list", "tasks") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("digits", "photo:NAME", "uci:NAME"))
+    assert run(monkeypatch, "list", "nonsense") == 2
+
+
+@pytest.mark.parametrize("id", ["adabelief", "sven", "ps-kd", "fedspeed", "efficienttrain", "nm-gradient-flow"])
+def test_show_tells_formula_defaults_needs_and_paper(monkeypatch, capsys, id):
+    assert run(monkeypatch, "show", id) == 0
+    shown = capsys.readouterr().out
+    card = steep.card(id)
+    assert card.paper.arxiv in shown
+    assert all(name in shown for name in card.hyper)
+    assert all(steep.needs.NEEDS[need].what.split(" (")[0] in shown for need in card.needs)
+
+
+def test_unknown_names_end_with_one_line_and_exit_code_2(monkeypatch, capsys):
+    assert run(monkeypatch, "show", "svne") == 2
+    assert "unknown method 'svne'; did you mean 'sven'" in capsys.readouterr().err
+    assert run(monkeypatch, "fit", "digitz") == 2
+    assert "did you mean 'digits'" in capsys.readouterr().err
+    assert run(monkeypatch, "compare", "digits", "--methods", "adabelief", "svne", "--out", "unused") == 2
+    assert "unknown method 'svne'" in capsys.readouterr().err
+
+
+def test_fit_trains_with_and_without_methods(monkeypatch, capsys, recipe_file, tmp_path):
+    assert run(monkeypatch, "fit", recipe_file) == 0
+    plain = capsys.readouterr().out
+    assert plain.startswith("mine: test loss")
+    assert "(8 steps" in plain
+    assert run(monkeypatch, "fit", recipe_file, "--method", "adabelief", "--set", "lr=0.05", "--steps", 5) == 0
+    assert "(5 steps" in capsys.readouterr().out
+    path = tmp_path / "run.pt"
+    assert run(monkeypatch, "fit", recipe_file, "--checkpoint", path) == 0
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "adabelief", "--set", "lr"), "write name=value"),
+        (("--set", "lr=1"), "write name=value"),
+        (("--method", "adabelief", "--set", "lr=-1"), "lr=-1"),
+        (("--method", "adabelief", "--set", "lr=high"), "lr='high' must be of type float"),
+        (("--method", "adabelief", "--set", "lrr=1"), "no hyper-parameter 'lrr'; did you mean 'lr'"),
+        (("--method", "adabelief", "--method", "diffgrad"), "both replace the recipe's optim"),
+        (("--method", "ps-kd"), "needs class labels"),
+        (("--steps", "0"), "steps=0 must be positive"),
+        (("--precision", "fp8"), "precision='fp8'"),
+    ],
+)
+def test_fit_with_wrong_input(monkeypatch, capsys, recipe_file, arguments, message):
+    assert run(monkeypatch, "fit", recipe_file, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_compare_prints_table_verdicts_and_the_reports_path_and_report_prints_them_again(
+    monkeypatch, capsys, recipe_file, tmp_path
+):
+    out = tmp_path / "out"
+    options = ("--seeds", 2, "--trials", 1, "--workers", 1, "--out", out)
+    assert run(monkeypatch, "compare", recipe_file, "--methods", "adabelief", "sgdp", *options) == 0
+    shown = capsys.readouterr()
+    assert "2 seeds give numbers, but no verdict" in shown.err
+    assert "adabelief" in shown.out
+    assert "report.html" in shown.out
+    assert "--methods adabelief sgdp" in Store(out).study().command
+    assert run(monkeypatch, "report", out) == 0
+    assert "sgdp" in capsys.readouterr().out
+    assert run(monkeypatch, "report", tmp_path / "absent") == 2
+    assert "no store at" in capsys.readouterr().err
+
+
+def test_hyper_parameters_of_several_methods_are_told_apart():
+    found = cli._hyper(["adabelief.lr=0.1", "ps-kd.alpha_T=0.5"], ["adabelief", "ps-kd"])
+    assert found == {"adabelief": {"lr": 0.1}, "ps-kd": {"alpha_T": 0.5}}
+    assert cli._hyper(["schedule=static", "n=2", "rate=None"], ["x"]) == {
+        "x": {"schedule": "static", "n": 2, "rate": None}
+    }
