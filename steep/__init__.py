@@ -9,6 +9,7 @@ from steep.eval_weights import eval_weights
 from steep.fit import Result, fit
 from steep.needs import UnmetNeed
 from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, late
+from steep.roles import param_roles
 from steep.saver import Interrupted
 from steep.tasks import task
 from steep.training import NonFinite
@@ -49,6 +50,7 @@ __all__ = [
     "integer",
     "late",
     "log_uniform",
+    "param_roles",
     "split_loaders",
     "task",
     "tensor_loader",
