@@ -117,7 +117,7 @@ class Run:
 
 
 class late:
-    """A recipe's `model` or `loss` that is built when a training starts, from its `Run`.
+    """A recipe's `model`, `loss` or `score` that is built when a training starts, from its `Run`.
 
     Example:
         >>> from torch import nn
@@ -159,7 +159,7 @@ class Recipe:
     rounds: Callable[[nn.Module, Run, Callable[..., Tensor]], Iterator[Tensor]] | None = None
     metric: Metric | None = None
     budget: Budget = Budget(epochs=10)
-    score: Callable[..., Tensor] | None = None
+    score: Callable[..., Tensor] | late | None = None
     picture: Callable[[nn.Module | None], Tensor] | None = None
     name: str = "recipe"
 
@@ -176,7 +176,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model` or `loss` for a run: call its factory, or its `late` builder with the run."""
+        """Build `model`, `loss` or `score` for a run: call its factory, or its `late` builder with the run."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)

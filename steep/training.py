@@ -72,6 +72,7 @@ class Training:
         self.loss = recipe.build("loss", self.run)
         if isinstance(self.loss, nn.Module):
             self.loss = copy.deepcopy(self.loss).to(self.device)
+        self.score = recipe.build("score", self.run) or self.loss
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.backward(self.model)
         plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
@@ -168,8 +169,7 @@ class Training:
         """Held-out scores, in evaluation mode, with evaluation weights, on random numbers of their own."""
         parts = (self.named["optimizer"], self.loss, self.rule, *self.run.parts)
         with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, parts):
-            loss = self.recipe.score or self.loss
-            return score(self.model, loader, loss, self.recipe.metric, self.device)
+            return score(self.model, loader, self.score, self.recipe.metric, self.device)
 
     def record(self) -> dict[str, float]:
         """Evaluate on the validation data and enter it into the history."""

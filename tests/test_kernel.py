@@ -103,6 +103,14 @@ def test_applying_a_method_pins_the_score_to_the_recipes_own_loss(regression):
     assert result.test["loss"] != 7.0
 
 
+def test_a_late_loss_still_scores_when_a_method_replaces_it(regression):
+    base = regression.replace(loss=steep.late(lambda run: lambda o, t: (o.squeeze(-1) - t).square() * run.total_steps))
+    plugged = make_card(plug=lambda recipe, **h: recipe.replace(loss=regression.loss))
+    ours, plain = (steep.fit(r, progress=False) for r in (plugged.apply(base), regression))
+    assert ours.history.losses == plain.history.losses
+    assert ours.test["loss"] == pytest.approx(20 * plain.test["loss"])
+
+
 # ---- recipes
 
 

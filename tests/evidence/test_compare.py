@@ -19,10 +19,13 @@ from steep.card import Card, Paper
 from steep.evidence import compare as module
 from steep.evidence import tuning
 from steep.evidence.contenders import BASELINE, contender, contenders, own_card
+from steep.evidence.jobs import Job
 from steep.evidence.planning import choose, plan_of, tuning_runs
-from steep.evidence.source import RecipeError, code_version, describe, from_value, load_recipe
+from steep.evidence.pool import Pool
+from steep.evidence.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
 from steep.evidence.store import Store, StoreError, open_store
 from steep.evidence.study import RunRecord
+from steep.training import RunError
 
 RECIPE = """
 import torch
@@ -422,3 +425,31 @@ def test_plans_say_what_they_could_show():
     assert "standard deviations" in text
     assert "Left out: x: why" in text
     assert "no verdict" in module._announcement(plan_of({"b": 1.0}, {"b": True}, 8, 3, 1), [], {}, 1)
+
+
+def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_path):
+    path = tmp_path / "mortal.py"
+    death = "import os, pathlib\nmark = pathlib.Path(__file__).with_suffix('.mark')\n"
+    dying = "    if not mark.exists():\n        mark.touch()\n        os.kill(os.getpid(), 9)\n"
+    path.write_text(death + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
+    jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
+    with Pool(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as pool:
+        records = pool.run(jobs)
+    assert [r.outcome for r in records] == ["finished", "finished"]
+    assert [r.seed for r in records] == [0, 1]
+    assert (tmp_path / "mortal.mark").exists()
+
+
+def test_a_training_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_path):
+    path = tmp_path / "picky.py"
+    picky = "    if generator.initial_seed() == bad:\n        raise RuntimeError('no such luck')\n"
+    bad = "from steep.randomness import stream_seed\nbad = stream_seed(1, 'split')\n"
+    path.write_text(bad + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + picky))
+    jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
+    store = Store(tmp_path / "out")
+    with (
+        pytest.raises(RunError, match=r"baseline, seed 1: RuntimeError: no such luck \(.*picky\.py, line"),
+        Pool(from_name(f"{path}:recipe"), store, 1) as pool,
+    ):
+        pool.run(jobs)
+    assert [r.seed for r in store.records()] == [0]
