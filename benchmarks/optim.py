@@ -22,9 +22,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from adabelief_pytorch import AdaBelief as PeerAdaBelief
-from adamp import SGDP as PeerSGDP
-from adamp import AdamP as PeerAdamP
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -45,7 +42,7 @@ def residual_network() -> Shapes:
 SETS: dict[str, Shapes] = {
     "12 matrices": [(768, 768)] * 12,
     "200 tensors": residual_network(),
-    "200 shapes": [(20 + i // 2, 60 + i % 7 - i // 20) for i in range(200)],
+    "200 shapes": [(20 + i // 2, 70 + i % 7 - i // 20) for i in range(200)],
 }
 
 OURS: dict[str, Callable[..., Optimizer]] = {"AdaBelief": AdaBelief, "DiffGrad": DiffGrad, "AdamP": AdamP, "SGDP": SGDP}
@@ -59,14 +56,28 @@ def contestants() -> dict[str, Callable[..., Optimizer]]:
         for name, make in OURS.items()
         for way, options in WAYS.items()
     }
-    peers = {
-        "AdaBelief, adabelief-pytorch": lambda p: quietly(PeerAdaBelief, p, weight_decay=1e-2, rectify=False),
-        "AdamP, adamp": lambda p: PeerAdamP(p, weight_decay=1e-2),
-        "SGDP, adamp": lambda p: PeerSGDP(p, lr=0.1, momentum=0.9, weight_decay=1e-5, nesterov=True),
+    references = {
         "AdamW, foreach": lambda p: AdamW(p, foreach=True),
         "SGD momentum, fused": lambda p: SGD(p, lr=0.1, momentum=0.9, nesterov=True, fused=True),
     }
-    return {"AdamW, fused": lambda p: AdamW(p, fused=True), **ours, **peers}
+    return {"AdamW, fused": lambda p: AdamW(p, fused=True), **ours, **peers(), **references}
+
+
+def peers() -> dict[str, Callable[..., Optimizer]]:
+    """The authors' packages, where they are installed."""
+    found: dict[str, Callable[..., Optimizer]] = {}
+    with contextlib.suppress(ImportError):
+        import adabelief_pytorch
+
+        found["AdaBelief, adabelief-pytorch"] = lambda p: quietly(
+            adabelief_pytorch.AdaBelief, p, weight_decay=1e-2, rectify=False
+        )
+    with contextlib.suppress(ImportError):
+        import adamp
+
+        found["AdamP, adamp"] = lambda p: adamp.AdamP(p, weight_decay=1e-2)
+        found["SGDP, adamp"] = lambda p: adamp.SGDP(p, lr=0.1, momentum=0.9, weight_decay=1e-5, nesterov=True)
+    return found
 
 
 def quietly(make: Callable[..., Optimizer], *args: Any, **options: Any) -> Optimizer:

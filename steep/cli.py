@@ -133,7 +133,7 @@ def fit(
         loaded, seed=seed, checkpoint=checkpoint, device=device, precision=precision, accumulate=accumulate
     )
     scores = "  ".join(f"test {name} {value:.4g}" for name, value in result.test.items())
-    out.print(f"{loaded.name}: {scores}  ({result.steps} steps, {result.seconds:.1f} s)", highlight=False, markup=False)
+    print(f"{loaded.name}: {scores}  ({result.steps} steps, {result.seconds:.1f} s)")
 
 
 def _hyper(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -188,7 +188,7 @@ def compare(
     out.print(table.render(study))
     for sentence in table.sentences(study):
         out.print(sentence, highlight=False, markup=False)
-    out.print(f"report: {out_ / 'report.html'}", highlight=False, markup=False)
+    print(f"report: {out_ / 'report.html'}")
 
 
 @app.command()
@@ -204,7 +204,7 @@ def report(
     store = open_store(directory)
     study = store.study()
     out.print(table.render(study))
-    out.print(f"report: {pages.write(study, directory)}", highlight=False, markup=False)
+    print(f"report: {pages.write(study, directory)}")
 
 
 def main() -> None:

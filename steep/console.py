@@ -17,7 +17,8 @@ from steep.training import Training
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
     """Turn the first Ctrl-C into a flag, read between two steps; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    if not ours:  # signals belong to the main thread, and whoever ignores them (nohup) means it
         yield lambda: False
         return
     requested: list[int] = []

@@ -10,6 +10,8 @@ which agree up to rounding:
 - ``compile=True``: the same buckets through kernels of ``torch.compile``, built in seconds and good for every length
   and every value of the scalars. One graph over a list of 200 tensors took three minutes to compile and ran no faster.
 
+Measured on CPU (`benchmarks/optim.py`); on other devices buckets are larger and pieces whole, which is untested.
+
 State is laid end to end when it is made, so that a bucket of it is a view. Parameters and gradients are not: those in
 a bucket are copied in and out through scratch memory, which stays with the optimizer.
 """
@@ -34,10 +36,9 @@ Ranges = Mapping[str, str | tuple[str, ...]]
 
 GRAD = 1  # the place of the gradient in a row; never written
 ALONE = 2**16  # elements above which a tensor is worth calls of its own
-BUCKET = 2**20  # elements in a bucket, at most
-MARGIN = 272  # elements before the first name's state, the second's is two margins from the start, and so on: vectors
-# that lie alike in their memory pages get into each other's way in the cache (a fifth of a compiled step), and kernels
-# would be built twice, for offset 0 and for others
+BUCKET = 2**18  # elements in a bucket, at most
+MARGIN = 272  # elements by which each name's state starts further into its memory than the one before: vectors at equal
+# places of their pages made a compiled step a fifth slower, and offset 0 would need kernels of its own
 
 
 class RowRule(NamedTuple):
@@ -123,7 +124,7 @@ def sweep_rows(
             flats, flags = flats[: len(names) + 2], flats[len(names) + 2 :]
             u = _scratch(optimizer).memory("u", flats[0].numel(), flats[0])
             stacks = [flat.view(k, rows, -1) for flat in (*flats, u)]
-            size = max(1, _piece_size(group, device) // (k * stacks[0].shape[2]))
+            size = max(1, _piece_size(group, device) // stacks[0].shape[2])
             if group["compile"]:
                 decided = first[0](u.new_ones(k, rows, 1), *stacks, *flags)
             else:

@@ -18,6 +18,7 @@ import gc
 import inspect
 import io
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -279,6 +280,8 @@ def poorer_recipes() -> dict[str, Recipe]:
 def _others(card: Card, name: str) -> list[Any]:
     """Other values of a hyper-parameter that should be allowed."""
     default, values = card.hyper[name], card.space.get(name)
+    if name == "compile" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return []
     if name in card.variants:
         return [card.variants[name]]
     if isinstance(values, Choice):

@@ -105,6 +105,19 @@ def test_neighbours_in_memory_by_chance_are_not_one_vector():
     assert foreach._end_to_end((tensor[:2], tensor[3:]), torch.float32) is None
     assert foreach._end_to_end((tensor[:2], tensor[2:]), torch.float64) is None
     assert foreach._end_to_end((tensor[:4].view(2, 2).t(), tensor[4:]), torch.float32) is None
+    memory = bytearray(24)
+    alone = torch.frombuffer(memory, dtype=torch.float32, count=2)
+    neighbour = torch.frombuffer(memory, dtype=torch.float32, count=4, offset=8)
+    assert neighbour.data_ptr() == alone.data_ptr() + alone.nbytes
+    assert foreach._end_to_end((alone, neighbour), torch.float32) is None
+
+
+def test_buckets_are_filled_and_large_tensors_stay_alone():
+    rows = [(torch.empty(n),) for n in (3, 4, 3, 5, 70_000, 2, 10, 11)]
+    sizes = [[t.numel() for (t,) in bucket] for bucket in foreach._join(rows, 10)]
+    assert sizes == [[3, 4, 3], [70_000], [5, 2], [11], [10]]
+    assert [len(bucket) for bucket in foreach._join(rows, 0)] == [1] * 8
+    assert [len(bucket) for bucket in foreach._join(rows, 2**20)] == [1, 7]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
@@ -209,7 +222,9 @@ def test_refusals_come_before_any_change(make):
     optimizer = make([good, *embedding.parameters()])
     good.grad = torch.ones(3)
     embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=rf"{make.__name__} needs dense gradients, got torch.sparse_coo: use sparse="):
+    with pytest.raises(
+        RuntimeError, match=rf"{make.__name__} needs dense gradients, got torch.sparse_coo: use sparse="
+    ):
         optimizer.step()
     assert torch.equal(good, torch.ones(3))
     assert not any(optimizer.state[p] for p in (good, embedding.weight))
@@ -279,7 +294,9 @@ def test_missing_compiler_is_reported(monkeypatch):
     broken = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with (
         torch._inductor.config.patch(broken),
-        pytest.raises(RuntimeError, match=r"compile=True failed .*no-such-compiler.* install one, or pass compile=False"),
+        pytest.raises(
+            RuntimeError, match=r"compile=True failed .*no-such-compiler.* install one, or pass compile=False"
+        ),
     ):
         DiffGrad([p], compile=True, maximize=True, weight_decay=0.5).step()
     assert torch.equal(p, torch.ones(5))

@@ -7,14 +7,15 @@ For every element, with g the gradient at step t = 1, 2, ...:
     s = beta2 s + (1 - beta2) (g - m)^2 + eps               (the m just updated; eps accumulates in the state)
     p = p - lr * m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)
 
-Zhuang et al.: AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients (arXiv 2010.07468),
-algorithm 2. lr and betas are the paper's; eps = 1e-16 is that of its LSTM and Transformer experiments and of the
-authors' package since 0.1 (for convolutional networks they use 1e-8: "eps_adabelief is about eps_adam squared").
-weight_decay = 1e-2, decoupled, is that of its ImageNet experiment (0 in the package). Neither amsgrad nor
-rectification is used in the paper's experiments, except rectification for the Transformer. The authors' package
-changed its defaults between 0.0.5 (eps 1e-8, coupled decay, no rectification) and 0.1 (1e-16, decoupled, rectified).
+Zhuang et al.: AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients (arXiv 2010.07468). lr and
+betas are the paper's. The other defaults are from the authors' package and table of recipes: eps = 1e-16 for
+one-layer LSTMs, Transformers and in the package since 0.1 (1e-12 for GANs and deeper LSTMs, 1e-8 for convolutional
+networks: about the square of Adam's); weight_decay = 1e-2, decoupled, for ImageNet (0 in the package). The paper's
+results are without amsgrad and rectification; the table of recipes rectifies for Transformers. The package changed
+its defaults from version 0.0.5 (eps 1e-8, coupled decay, no rectification) to 0.1 (1e-16, decoupled, rectified).
 
 What differs, and why:
+- Unsure: which of these settings the paper's appendix states itself.
 - amsgrad together with rectify uses the maximum of s, which the authors' package ignores in that case.
 - beta1 = 0 is refused: m would equal g and s would hold nothing but eps.
 - The package's options fixed_decay and degenerated_to_sgd=False are left out.

@@ -12,9 +12,11 @@ For a parameter w of at least two dimensions, seen as rows (one per output chann
     w = w - lr u - lr weight_decay w * (wd_ratio if projected else 1)       (SGDP: weight_decay / (1 - momentum))
 
 Heo, Chun, Oh, Han, Yun, Kim, Uh, Ha: AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant
-Weights (arXiv 2006.08217), algorithms 2 and 3. delta = 0.1 and wd_ratio = 0.1 are the paper's. lr, betas and
-weight_decay of AdamP (1e-3, (0.9, 0.999), 1e-2) and SGDP (0.1, momentum 0.9 with nesterov, 1e-5) are those of the
-authors' example.
+Weights (arXiv 2006.08217). delta = 0.1 and wd_ratio = 0.1 are the paper's. lr, betas and weight_decay of AdamP (1e-3,
+(0.9, 0.999), 1e-2) and SGDP (0.1, momentum 0.9 with nesterov, 1e-5) are those of the authors' example.
+
+What differs: without Nesterov momentum the authors' SGDP code projects the momentum buffer itself, as it changes the
+buffer in place; here, as in the formula above and in its own Nesterov branch, only the step is projected.
 
 Whether w is scale-invariant is told from the raw gradient, which is then orthogonal to it. A wide layer without
 normalization can look so by chance; parameters of fewer than two dimensions are never projected. In code the step is

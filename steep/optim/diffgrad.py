@@ -7,8 +7,8 @@ For every element, with g the gradient at step t = 1, 2, ... and g' the one befo
     xi = 1 / (1 + exp(-|g' - g|))                                                        in [1/2, 1)
     p = p - lr sqrt(1 - beta2^t) / (1 - beta1^t) * xi * m / (sqrt(v) + eps)
 
-Dubey et al.: diffGrad: An Optimization Method for Convolutional Neural Networks (arXiv 1909.11015), section III; all
-defaults are the paper's. Weight decay is coupled (an L2 penalty), as in the authors' code, and counts in g and g'.
+Dubey et al.: diffGrad: An Optimization Method for Convolutional Neural Networks (arXiv 1909.11015); all
+defaults are the authors'. Weight decay is coupled (an L2 penalty), as in the authors' code, and counts in g and g'.
 
 What differs, and why:
 - g' is a copy. The authors' first code kept the gradient tensor itself, which the next backward pass overwrites, so

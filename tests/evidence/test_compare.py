@@ -1,5 +1,6 @@
 """compare end to end on small recipes: planted effects found, controls null, nothing repeated, clear refusals."""
 
+import functools
 import json
 import math
 import os
@@ -187,7 +188,9 @@ def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
 
 def test_ctrl_c_keeps_what_is_finished(recipe_file, tmp_path):
     command = [sys.executable, "-m", "steep", "compare", f"{recipe_file}:recipe", "--methods", "adabelief"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # even if ignored by us
+    arguments = [*command, "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.time() + 120
     while time.time() < deadline and not list(tmp_path.glob("out/runs/*.json")):
         time.sleep(0.05)

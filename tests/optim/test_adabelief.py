@@ -153,10 +153,11 @@ def test_maximizing_is_minimizing_the_negative():
     assert torch.equal(up, follow(AdaBelief, start, [-g for g in grads]))
 
 
-def test_weight_decay_leaves_the_gradient_alone():
+@pytest.mark.parametrize("maximize", [False, True])
+def test_weight_decay_leaves_the_gradient_alone(maximize):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.full((3,), 2.0)
-    AdaBelief([p], decoupled=False, weight_decay=0.5, maximize=True).step()
+    AdaBelief([p], decoupled=False, weight_decay=0.5, maximize=maximize).step()
     assert torch.equal(p.grad, torch.full((3,), 2.0))
 
 

@@ -1,6 +1,7 @@
 """AdamP and SGDP against their formulas, torch's AdamW and SGD, and the exact identities of scale-invariant weights."""
 
 import io
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def test_sgdp_steps_are_tangential_and_add_only_their_own_square_to_the_norm(row
     make = lambda p: SGDP(p, lr=lr, nesterov=False, weight_decay=0.0, eps=0.0, delta=1e-6)  # noqa: E731
     path, optimizer = follow(make, start, scale_invariant(rows), 30)
     assert optimizer.projected_fraction() == 1.0
-    for w, after in zip(path[:-1], path[1:], strict=True):
+    for w, after in pairwise(path):
         q = ((w - after) / lr).reshape(rows, -1)
         w, after = w.reshape(rows, -1), after.reshape(rows, -1)
         assert (w * q).sum(1).abs().max() < 1e-12
@@ -206,6 +207,24 @@ def test_large_threshold_projects_every_matrix(make):
     optimizer.step()
     assert optimizer.projected_fraction() == 1.0
     assert "projected" not in optimizer.state[params[4]]
+
+
+@pytest.mark.parametrize("make", [AdamP, SGDP])
+@pytest.mark.parametrize("rows", [4, 1])
+@pytest.mark.parametrize("side", [0.99, 1.01])
+def test_threshold_is_delta_over_the_root_of_the_rows_length(make, rows, side):
+    """A gradient whose cosine with each row (or with the whole of w) is on one side of delta / sqrt(length)."""
+    w, raw = randoms((4, 9), (4, 9))
+    flat, g, length = w.reshape(rows, -1), raw.reshape(rows, -1), 36 // rows
+    unit = flat / flat.norm(dim=1, keepdim=True)
+    g = g - unit * (unit * g).sum(1, keepdim=True)
+    g = g / g.norm(dim=1, keepdim=True)
+    cosine = side * 0.3 / length**0.5
+    p = nn.Parameter(w.clone())
+    p.grad = (cosine * unit + (1 - cosine**2) ** 0.5 * g).reshape(4, 9)
+    optimizer = make([p], delta=0.3)
+    optimizer.step()
+    assert optimizer.projected_fraction() == (1.0 if side < 1 else 0.0)
 
 
 def test_equal_shapes_are_decided_one_by_one():

@@ -1,6 +1,7 @@
 """diffGrad against its formula, torch's Adam, and the functions of its paper."""
 
 import io
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def test_friction_is_the_ratio_to_adams_step_and_between_a_half_and_one():
     ours = follow(lambda p: DiffGrad(p, lr=0.1, eps=0.0), start, grads).diff(dim=0)
     adam = follow(lambda p: torch.optim.Adam(p, lr=0.1, eps=0.0), start, grads).diff(dim=0)
     friction = ours / adam
-    changes = torch.stack([grads[0], *[b - a for a, b in zip(grads, grads[1:], strict=False)]]).abs()
+    changes = torch.stack([grads[0], *[b - a for a, b in pairwise(grads)]]).abs()
     torch.testing.assert_close(friction, 1 / (1 + (-changes).exp()), rtol=1e-9, atol=0)
     assert 0.5 <= friction.min() < 0.52
     assert 0.95 < friction.max() < 1
@@ -96,10 +97,11 @@ def test_step_without_gradient_keeps_the_previous_one():
     assert torch.equal(follow(DiffGrad, start, [a, None, b])[-1], follow(DiffGrad, start, [a, b])[-1])
 
 
-def test_weight_decay_leaves_the_gradient_alone():
+@pytest.mark.parametrize("maximize", [False, True])
+def test_weight_decay_leaves_the_gradient_alone(maximize):
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.full((3,), 2.0)
-    DiffGrad([p], weight_decay=0.5, maximize=True).step()
+    DiffGrad([p], weight_decay=0.5, maximize=maximize).step()
     assert torch.equal(p.grad, torch.full((3,), 2.0))
 
 
