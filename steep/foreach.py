@@ -93,12 +93,12 @@ def sweep(
     Raises:
         RuntimeError: a sparse gradient, a complex parameter, or no compiler.
     """
+    bind = cache(lambda t, device: _bind(update, scalars(t), group, device))
     for t, rows in _gather(optimizer, group["params"] if params is None else params, names):
         device = rows[0][0].device
-        run = _bind(update, scalars(t), group, device)
         for _, flats in _buckets(optimizer, group, rows):
             for piece in _pieces(flats, 0, _piece_size(group, device)):
-                run(*piece)
+                bind(t, device)(*piece)
 
 
 def sweep_rows(
@@ -116,10 +116,11 @@ def sweep_rows(
         params: of at least two dimensions; the first one counts rows.
         per_tensor: further state, 0-d, of which `decide` is given (k,).
     """
+    stages = (_whole(rule, len(per_tensor)), rule.apply) if group["compile"] else rule
+    bind = cache(lambda t, device: [_bind(stage, scalars(t), group, device) for stage in stages])
     for t, alike in _gather(optimizer, params, names, per_tensor, by_shape=True):
         device, rows = alike[0][0].device, alike[0][0].shape[0]
-        stages = (_whole(rule, len(per_tensor)), rule.apply) if group["compile"] else rule
-        *first, apply = [_bind(stage, scalars(t), group, device) for stage in stages]
+        *first, apply = bind(t, device)
         for k, flats in _buckets(optimizer, group, alike):
             flats, flags = flats[: len(names) + 2], flats[len(names) + 2 :]
             u = _scratch(optimizer).memory("u", flats[0].numel(), flats[0])
@@ -162,26 +163,33 @@ def _gather(
     names: Sequence[str],
     per_tensor: Sequence[str] = (),
     by_shape: bool = False,
-) -> Iterator[tuple[int, list[Row]]]:
-    """Count a step of every parameter that has a gradient; yield (t, rows) for those that can share a call."""
-    kinds: dict[Any, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {}
-    for p in params:
-        if (g := p.grad) is not None and g.numel() > 0:
-            kind = (type(p), g.layout, p.dtype, p.device, p.shape if by_shape else None)
-            kinds.setdefault(kind, []).append((p, g, optimizer.state[p]))
-    for kind in kinds:
-        _check_kind(type(optimizer).__name__, *kind[:3])
-    for members in kinds.values():
-        _make_state([(p, s) for p, _, s in members if not s], names, per_tensor)
-        steps = [s["step"] for _, _, s in members]
+) -> list[tuple[int, list[Row]]]:
+    """Count a step of every parameter that has a gradient; (t, rows) for those that can share a call."""
+    members = [(p, g, optimizer.state[p]) for p in params if (g := p.grad) is not None and g.numel() > 0]
+    kinds = [(type(p), g.layout, p.dtype, p.device, p.shape if by_shape else None) for p, g, _ in members]
+    fresh: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
+    for kind, (p, _, s) in zip(kinds, members, strict=True):
+        _check_kind(optimizer, *kind[:3])
+        if not s:
+            fresh.setdefault(kind, []).append((p, s))
+    for alike in fresh.values():
+        _make_state(alike, names, per_tensor)
+    calls: dict[Any, list[Row]] = {}
+    for t, kind, (p, g, s) in zip(_count([s["step"] for _, _, s in members]), kinds, members, strict=True):
+        calls.setdefault((t, kind), []).append((p, g, *[s[name] for name in (*names, *per_tensor)]))
+    return [(int(t), rows) for (t, _), rows in calls.items()]
+
+
+def _count(steps: list[Tensor]) -> list[float]:
+    if steps:
         torch._foreach_add_(steps, torch.ones((), device="cpu"), alpha=1.0)  # a tensor: far faster than a number
-        same: dict[float, list[Row]] = {}
-        for t, (p, g, s) in zip(torch.stack(steps).tolist(), members, strict=True):
-            same.setdefault(t, []).append((p, g, *[s[name] for name in (*names, *per_tensor)]))
-        yield from ((int(t), rows) for t, rows in same.items())
+    return torch.stack(steps).tolist() if steps else []
 
 
-def _check_kind(owner: str, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
+def _check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
+    if layout is torch.strided and not dtype.is_complex and not hasattr(param, "to_local"):
+        return
+    owner = type(optimizer).__name__
     if hasattr(param, "to_local"):
         raise RuntimeError(
             f"{owner} cannot step sharded parameters ({param.__name__}): use DDP, which keeps them whole"
@@ -194,8 +202,6 @@ def _check_kind(owner: str, param: type, layout: torch.layout, dtype: torch.dtyp
 
 def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], per_tensor: Sequence[str]) -> None:
     """Zeros for parameters that have no state yet: one buffer per name, the parameters' parts end to end."""
-    if not fresh:
-        return
     for _, s in fresh:
         s["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     params = [p for p, _ in fresh]

@@ -104,19 +104,17 @@ def _decide(
 ) -> Tensor:
     """The factor f of each row of w, (k, rows, 1), with which w = f w - step_size u is decay, projection and step."""
     layer = torch.cat([rows[..., :2].sum(1, keepdim=True), vector_norm(rows[..., 2:], dim=1, keepdim=True)], -1)
-    near_rows, along_rows = _project(rows, w.shape[2], delta, eps)
-    near_layer, along_layer = _project(layer, w.shape[1] * w.shape[2], delta, eps)
-    along = torch.where(near_rows, along_rows, torch.where(near_layer, along_layer, 0.0))
+    gw, uw, g_norm, w_norm = torch.cat([rows, layer], 1).unbind(-1)  # the layer is one more row
+    cosine = gw.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
+    near_rows = cosine[:, :-1].amax(1, keepdim=True) < delta / w.shape[2] ** 0.5
+    near_layer = cosine[:, -1:] < delta / (w.shape[1] * w.shape[2]) ** 0.5
     near = (near_rows | near_layer).to(w.dtype)
     projected.copy_(near.squeeze(1))
+    if not torch.compiler.is_compiling() and w.is_cpu and not near.any():  # nothing to project, known for free
+        return torch.ones_like(rows[..., :1]) * (1 - decay)
+    along = uw / (w_norm + eps).square()
+    along = torch.where(near_rows, along[:, :-1], torch.where(near_layer, along[:, -1:], 0.0))
     return (1 - decay * (1 - near * (1 - wd_ratio)) + step_size * along).unsqueeze(-1)
-
-
-def _project(rows: Tensor, columns: int, delta: Number, eps: Number) -> tuple[Tensor, Tensor]:
-    """Whether every row's gradient is orthogonal to it, (k, 1), and u's coefficient along each row of w, (k, rows)."""
-    gw, uw, g_norm, w_norm = rows.unbind(-1)
-    cosine = gw.abs() / (g_norm.clamp(min=eps) * w_norm.clamp(min=eps))
-    return cosine.amax(1, keepdim=True) < delta / columns**0.5, uw / (w_norm + eps).square()
 
 
 def _apply(w: Tensor, u: Tensor, factor: Tensor, *, step_size: Number, **_: Any) -> None:
