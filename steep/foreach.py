@@ -32,7 +32,6 @@ from torch.optim import Optimizer
 
 Row = tuple[Tensor, ...]  # a parameter, its gradient, its state; or a column of such rows
 Scalars = Callable[[int], Mapping[str, Any]]
-Ranges = Mapping[str, str | tuple[str, ...]]
 
 GRAD = 1  # the place of the gradient in a row; never written
 ALONE = 2**16  # elements above which a tensor is worth calls of its own
@@ -357,27 +356,3 @@ def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         for name, value in final[0]["state"].get(i, {}).items():
             if name != "step" and working_dtype(p.dtype) != p.dtype:
                 optimizer.state[p][name] = value.to(p.device, working_dtype(p.dtype))
-
-
-def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:
-    """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
-    for name, allowed in ranges.items():
-        value = group[name]
-        if isinstance(allowed, str):
-            _check(name, value, allowed)
-        elif not isinstance(value, Sequence) or len(value) != len(allowed):
-            raise ValueError(f"{name}={value!r} must be {len(allowed)} numbers in {', '.join(allowed)}")
-        else:
-            for i, interval in enumerate(allowed):
-                _check(f"{name}[{i}]", value[i], interval)
-
-
-def _check(name: str, value: Any, allowed: str) -> None:
-    low, high = map(float, allowed[1:-1].split(","))
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{name}={value!r} must be a number in {allowed}") from None
-    inside = low < number < high or (number == low and allowed[0] == "[") or (number == high and allowed[-1] == "]")
-    if not inside:
-        raise ValueError(f"{name}={value!r} must lie in {allowed}")

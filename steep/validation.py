@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+Ranges = Mapping[str, str | tuple[str, ...]]  # by name: an interval, or one per entry
 
 
 def require(name: str, value: Any, valid: bool, allowed: str) -> None:
@@ -15,3 +18,27 @@ def require(name: str, value: Any, valid: bool, allowed: str) -> None:
     """
     if not valid:
         raise ValueError(f"{name}={value!r} must be {allowed}")
+
+
+def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:
+    """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
+    for name, allowed in ranges.items():
+        value = group[name]
+        if isinstance(allowed, str):
+            _check_interval(name, value, allowed)
+        elif not isinstance(value, Sequence) or len(value) != len(allowed):
+            raise ValueError(f"{name}={value!r} must be {len(allowed)} numbers in {', '.join(allowed)}")
+        else:
+            for i, interval in enumerate(allowed):
+                _check_interval(f"{name}[{i}]", value[i], interval)
+
+
+def _check_interval(name: str, value: Any, allowed: str) -> None:
+    low, high = map(float, allowed[1:-1].split(","))
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}={value!r} must be a number in {allowed}") from None
+    inside = low < number < high or (number == low and allowed[0] == "[") or (number == high and allowed[-1] == "]")
+    if not inside:
+        raise ValueError(f"{name}={value!r} must lie in {allowed}")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from steep import foreach
-from steep.foreach import check_ranges
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import SGDP, AdamP
 from steep.optim.diffgrad import DiffGrad
+from steep.validation import check_ranges
 
 OPTIMIZERS = [AdaBelief, DiffGrad, AdamP, SGDP]
 SHAPES = [(), (3,), (1,), (4, 5), (2, 3, 3, 3), (4, 5), (1, 7), (7, 1), (0, 3), (400, 400), (4, 5)]

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import Ranges, check_ranges
 from steep.needs import NEEDS
 from steep.per_example import PerExample
 from steep.recipe import Recipe
+from steep.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"rtol": "[0, 1)", "kappa": "(0, inf)", "param_fraction": "(0, 1]", "power": "[-1, 1]"}
 

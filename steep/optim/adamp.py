@@ -37,7 +37,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import Ranges, RowRule, check_ranges, descend_, ema_, load_exactly, sweep, sweep_rows
+from steep.foreach import RowRule, descend_, ema_, load_exactly, sweep, sweep_rows
+from steep.validation import Ranges, check_ranges
 
 Number = float | Tensor
 

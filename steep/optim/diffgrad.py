@@ -29,7 +29,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, choice, log_uniform
-from steep.foreach import Ranges, check_ranges, descend_, ema_, load_exactly, sweep
+from steep.foreach import descend_, ema_, load_exactly, sweep
+from steep.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
