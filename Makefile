@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 
 demo: .venv/ready  ## compare methods on real data: digits, and a photograph as a function
 	$(BIN)/steep compare digits --methods sven adabelief ps-kd --minutes 2 --out out/digits
-	$(BIN)/steep compare photo --methods sven adabelief --minutes 2.5 --out out/photo
+	$(BIN)/steep compare photo --methods sven adabelief --minutes 3 --out out/photo
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
