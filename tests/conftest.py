@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items):
         chosen = getattr(getattr(item, "callspec", None), "params", {})
         if "compiled" in item.name or chosen.get("compile") is True:
             item.add_marker(pytest.mark.skip(reason="torch.compile needs a C++ compiler, and there is none"))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Python's own handler of Ctrl-C, also where the tests were started with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def squared_error(output, target):

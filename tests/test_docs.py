@@ -4,6 +4,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ import pytest
 import steep
 
 ROOT = Path(__file__).parent.parent
+
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_the_python_blocks_of_a_document_run_in_order(path):
+    text, names = path.read_text(), {}
+    for block in re.finditer(r"^( *)```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+        lines_before = "\n" * text[: block.start(2)].count("\n")  # so that errors name the document's line
+        exec(compile(lines_before + textwrap.dedent(block[2]), str(path), "exec"), names)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("plot_*.py")), ids=lambda p: p.stem)

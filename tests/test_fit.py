@@ -97,14 +97,6 @@ def test_a_method_that_draws_numbers_sees_the_same_batches(regression):
     assert all(torch.equal(a, b) for a, b in zip(seen[:half], seen[half:], strict=True))
 
 
-@pytest.fixture
-def ctrl_c():
-    """Python's own handler of Ctrl-C, also where the tests were started with the signal ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def stopping_after(recipe, steps):
     """The recipe, interrupted with Ctrl-C's signal during its `steps`-th step."""
     calls = []
@@ -120,7 +112,7 @@ def stopping_after(recipe, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 6, 10, 13])
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(ctrl_c, regression, tmp_path, steps):
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(regression, tmp_path, steps):
     path = tmp_path / "run.pt"
     with pytest.raises(steep.Interrupted, match=rf"after step {steps}; go on with .*run\.pt"):
         fit(stopping_after(regression, steps), seed=4, checkpoint=path)
@@ -133,7 +125,7 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(ctrl_
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_resume_is_exact_with_a_users_own_generator_and_workers_random_augmentation(ctrl_c, regression, tmp_path):
+def test_resume_is_exact_with_a_users_own_generator_and_workers_random_augmentation(regression, tmp_path):
     class Noisy(torch.utils.data.Dataset):
         def __init__(self):
             self.x = torch.arange(30.0).reshape(10, 3) / 30
@@ -156,7 +148,7 @@ def test_resume_is_exact_with_a_users_own_generator_and_workers_random_augmentat
     assert_same(fit(recipe, checkpoint=path), fit(recipe))
 
 
-def test_without_a_path_ctrl_c_saves_to_the_working_directory(ctrl_c, regression, tmp_path, monkeypatch):
+def test_without_a_path_ctrl_c_saves_to_the_working_directory(regression, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(steep.Interrupted, match=r"steep-interrupted\.pt"):
         fit(stopping_after(regression, 2))
