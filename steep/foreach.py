@@ -342,6 +342,14 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What a given closure returns, called at once and with gradients on, as torch's contract has it."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """`Optimizer.load_state_dict` without its cast of the state of half-precision parameters to half precision."""
     final: list[Mapping[str, Any]] = []  # what the user's own hooks made of state_dict

@@ -183,9 +183,6 @@ class Recipe:
         return value() if part == "model" else value
 
 
-Method = Callable[[Recipe], Recipe]
-
-
 def compose(recipe: Recipe, methods: Sequence[tuple[Any, dict[str, Any]]]) -> Recipe:
     """Apply cards, each with its hyper-parameters, from left to right.
 

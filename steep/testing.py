@@ -277,10 +277,15 @@ def poorer_recipes() -> dict[str, Recipe]:
     }
 
 
+def has_compiler() -> bool:
+    """Whether `torch.compile` finds a C++ compiler."""
+    return any(map(shutil.which, ("g++", "clang++", "c++")))
+
+
 def _others(card: Card, name: str) -> list[Any]:
     """Other values of a hyper-parameter that should be allowed."""
     default, values = card.hyper[name], card.space.get(name)
-    if name == "compile" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if name == "compile" and not has_compiler():
         return []
     if name in card.variants:
         return [card.variants[name]]

@@ -1,7 +1,6 @@
 """Shared by all tests: one thread, and recipes small enough to run in milliseconds."""
 
 import os
-import shutil
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,13 +10,14 @@ import torch
 from torch import nn
 
 import steep
+from steep.testing import has_compiler
 
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
     """Without a C++ compiler, what needs `torch.compile` is skipped, with that reason."""
-    if any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if has_compiler():
         return
     for item in items:
         chosen = getattr(getattr(item, "callspec", None), "params", {})

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, log_uniform
-from steep.foreach import RowRule, descend_, ema_, load_exactly, sweep, sweep_rows
+from steep.foreach import RowRule, descend_, ema_, evaluated, load_exactly, sweep, sweep_rows
 from steep.validation import Ranges, check_ranges
 
 Number = float | Tensor
@@ -222,10 +222,7 @@ class AdamP(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         _step(self, ADAM, ADAM_PLAIN, ("exp_avg", "exp_avg_sq"), _adam_scalars)
         return loss
 
@@ -301,10 +298,7 @@ class SGDP(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         _step(self, SGD, SGD_PLAIN, ("momentum_buffer",), _sgd_scalars)
         return loss
 

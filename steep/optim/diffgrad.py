@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.card import Card, Paper, choice, log_uniform
-from steep.foreach import descend_, ema_, load_exactly, sweep
+from steep.foreach import descend_, ema_, evaluated, load_exactly, sweep
 from steep.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
@@ -134,10 +134,7 @@ class DiffGrad(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             sweep(self, group, update, STATE, partial(_scalars, group))
         return loss
