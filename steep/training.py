@@ -110,7 +110,9 @@ class Training:
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """One loss per example of a batch: forward pass and loss, checked. The `local_step` of outer loops."""
-        batch = Batch(*send_to_device(tuple(batch), self.device))
+        if self.device.type != "cpu":
+            batch = send_to_device(tuple(batch), self.device)
+        batch = Batch(*batch)
         self.examples += batch.size
         memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
         losses = self.loss(model(batch.x), batch.y, **memory)
