@@ -6,25 +6,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from steep.batches import Batch, Loader
 from steep.randomness import Stream
 
 
 class Epochs:
-    """Iterator whose every item is one optimizer step: the step's losses (detached).
+    """Iterator whose every item is one optimizer step: the step's mean loss.
 
     Data draw from `stream` alone, so their order depends on the seed and on nothing a method does. The state
     holds the stream at the epoch's start and the number of batches since: resuming replays them.
 
     Args:
         loader: the training loader.
-        train_step: does one optimizer step and returns the losses.
+        train_step: does one optimizer step and returns the mean loss.
         stream: random numbers for order and augmentation.
     """
 
-    def __init__(self, loader: Loader, train_step: Callable[[Batch], Tensor], stream: Stream):
+    def __init__(self, loader: Loader, train_step: Callable[[Batch], float], stream: Stream):
         self.loader, self.train_step, self.stream = loader, train_step, stream
         self.batches: Iterator[Any] | None = None
         self.start_epoch()
@@ -36,7 +35,7 @@ class Epochs:
     def __iter__(self) -> Epochs:
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> float:
         return self.train_step(self.next_batch())
 
     def next_batch(self) -> Batch:
@@ -52,7 +51,8 @@ class Epochs:
             self.start_epoch()
             return self.next_batch()
         self.position += 1
-        return Batch(*batch)
+        self.batch = Batch(*batch)  # kept until the next is there: memory freed first would be mapped anew each step
+        return self.batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, **self.at_start}

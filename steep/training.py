@@ -82,12 +82,14 @@ class Training:
         self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
         self.evaluation_stream = Stream(seed, "evaluation")
         self.rounds = self._rounds(seed)
+        changing = (self.scheduler, self.run.data.train, self.loss, self.rule, *self.run.parts)
+        self.steps = [part.step for part in changing if hasattr(part, "step")]
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
         self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
         self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
-    def _rounds(self, seed: int) -> Iterator[Tensor]:
+    def _rounds(self, seed: int) -> Iterator[Tensor | float]:
         if self.recipe.rounds is None:
             return Epochs(self.run.data.train, self.train_step, Stream(seed, "order"))
         return self.recipe.rounds(self.model, self.run, self.losses)
@@ -110,6 +112,10 @@ class Training:
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """One loss per example of a batch: forward pass and loss, checked. The `local_step` of outer loops."""
+        return self._forward(model, batch)[0]
+
+    def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        """The losses of a batch, and their mean."""
         if self.device.type != "cpu":
             batch = send_to_device(tuple(batch), self.device)
         batch = Batch(*batch)
@@ -117,48 +123,47 @@ class Training:
         memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
         losses = self.loss(model(batch.x), batch.y, **memory)
         check_losses(losses, batch.size, needed_by=self.vector_for)
-        if not math.isfinite(losses.detach().sum().item()):
+        mean = losses.detach().mean().item()
+        if not math.isfinite(mean):
             raise NonFinite(self._diagnosis(batch, losses))
-        return losses
+        return losses, mean
 
-    def gradient(self, batch: Batch) -> Tensor:
-        """Fill ``.grad`` from one batch, in `accumulate` parts, and return its losses."""
+    def gradient(self, batch: Batch) -> float:
+        """Fill ``.grad`` from one batch, in `accumulate` parts, and return its mean loss."""
         self.optimizer.zero_grad()
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         if self.accumulate == 1:
-            losses = self.losses(self.model, batch)
+            losses, mean = self._forward(self.model, batch)
             self.rule(losses, scale=scale)
-            return losses.detach()
-        seen = []
+            return mean
+        total = 0.0
         for part in _parts(batch, self.accumulate):
-            losses = self.losses(self.model, part)
+            losses, mean = self._forward(self.model, part)
             self.rule(losses, scale=scale * part.size / batch.size)
-            seen.append(losses.detach().expand(part.size))
-        return torch.cat(seen)
+            total += mean * part.size / batch.size
+        return total
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """One optimizer step; the losses it started from."""
+    def train_step(self, batch: Batch) -> float:
+        """One optimizer step; the mean loss it started from."""
         if self.needs_closure:
-            first: list[Tensor] = []
+            means: list[float] = []
 
             def closure() -> float:
-                first.append(self.gradient(batch))
-                return first[-1].mean().item()
+                means.append(self.gradient(batch))
+                return means[-1]
 
             self.optimizer.step(closure)
-            return first[0]
-        losses = self.gradient(batch)
+            return means[0]
+        mean = self.gradient(batch)
         self.optimizer.step()
-        return losses
+        return mean
 
     def advance(self) -> None:
         """Do one step (or round), then step everything that changes over a training."""
         losses = next(self.rounds)
-        self.history.losses.append(losses.mean().item())
-        for part in (self.scheduler, self.run.data.train, self.loss, self.rule, *self.run.parts):
-            step = getattr(part, "step", None)
-            if step is not None:
-                step()
+        self.history.losses.append(losses if isinstance(losses, float) else losses.mean().item())
+        for step in self.steps:
+            step()
 
     def finished(self) -> bool:
         """Whether the budget is used up."""
