@@ -87,6 +87,7 @@ class Training:
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
         self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
+        self.rule_wants_closure = "closure" in self.needs["rule"]
         self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
     def _rounds(self, seed: int) -> Iterator[Tensor | float]:
@@ -116,32 +117,37 @@ class Training:
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
         """The losses of a batch, and their mean."""
-        if self.device.type != "cpu":
-            batch = send_to_device(tuple(batch), self.device)
-        batch = Batch(*batch)
+        batch = self._placed(batch)
         self.examples += batch.size
-        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
-        losses = self.loss(model(batch.x), batch.y, **memory)
+        losses = self._evaluate(model, batch)
         check_losses(losses, batch.size, needed_by=self.vector_for)
         mean = losses.detach().mean().item()
         if not math.isfinite(mean):
             raise NonFinite(self._diagnosis(batch, losses))
         return losses, mean
 
+    def _placed(self, batch: Any) -> Batch:
+        return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
+
+    def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
+        return self.loss(model(batch.x), batch.y, **memory)
+
+    def _backward(self, batch: Batch, scale: float) -> float:
+        """Have the rule fill ``.grad``, and return the batch's mean loss."""
+        losses, mean = self._forward(self.model, batch)
+        again = {"closure": lambda: self._evaluate(self.model, self._placed(batch))} if self.rule_wants_closure else {}
+        self.rule(losses, scale=scale, **again)
+        return mean
+
     def gradient(self, batch: Batch) -> float:
         """Fill ``.grad`` from one batch, in `accumulate` parts, and return its mean loss."""
         self.optimizer.zero_grad()
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         if self.accumulate == 1:
-            losses, mean = self._forward(self.model, batch)
-            self.rule(losses, scale=scale)
-            return mean
-        total = 0.0
-        for part in _parts(batch, self.accumulate):
-            losses, mean = self._forward(self.model, part)
-            self.rule(losses, scale=scale * part.size / batch.size)
-            total += mean * part.size / batch.size
-        return total
+            return self._backward(batch, scale)
+        shares = [(part, part.size / batch.size) for part in _parts(batch, self.accumulate)]
+        return sum(self._backward(part, scale * share) * share for part, share in shares)
 
     def train_step(self, batch: Batch) -> float:
         """One optimizer step; the mean loss it started from."""
