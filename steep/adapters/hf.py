@@ -1,0 +1,189 @@
+"""Hugging Face Trainer: `SteepMixin` gives its `training_step` a vector of losses and a backward rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback
+
+from steep import checkpoint as checkpoints
+from steep.adapters.attached import Attached
+from steep.batches import Batch
+from steep.needs import UnmetNeed
+from steep.training import _requires_closure
+
+FILE = "steep.pt"
+NO_CLOSURE = "the Trainer calls optimizer.step() without one; use Lightning, Accelerate or a plain loop"
+
+
+class SteepMixin:
+    """Mixin for a Hugging Face `Trainer`: write ``class MyTrainer(SteepMixin, Trainer)``.
+
+    The gradient is that of the mean over all examples of a step, however they are split by gradient accumulation.
+    Checkpoints hold the state of rule and parts in `steep.pt`, read without unpickling. Where a part needs indices,
+    every example gets its position in the training set; the model does not see it.
+
+    Args:
+        rule: backward rule; the ordinary mean by default.
+        loss: ``loss(logits, labels) -> (B,)``, with `indices=` where it needs them. Without it, the model's own loss or
+            `compute_loss_func` is used, which should then return one number per example.
+        parts: whatever has `step()`, a state or needs, beside rule and loss.
+        sampler: ``sampler(dataset) -> Sampler`` of the training data.
+        data: ``data(loader) -> loader``: a method on batches (x, labels, ...) of the training loader, such as
+            ``lambda batches: EfficientTrain(batches, total_steps=...)``; x is the model's main input.
+        args, kwargs: the Trainer's; steep's optimizers go into ``optimizers=(optimizer, scheduler)``.
+
+    Raises:
+        UnmetNeed: the Trainer lacks what a part needs; names it and the line to change.
+    """
+
+    train_loader: Any = None
+
+    def __init__(
+        self,
+        *args: Any,
+        rule: Any = None,
+        loss: Callable[..., Tensor] | None = None,
+        parts: tuple[Any, ...] = (),
+        sampler: Callable[[Dataset], Sampler] | None = None,
+        data: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.loss, self.sampler, self.data, self._examples = loss, sampler, data, 0
+        if isinstance(loss, nn.Module):
+            loss.to(self.args.device)  # type: ignore[attr-defined]
+        parts = parts if loss is None else (loss, *parts)
+        self.attached = Attached("the Trainer", self.model, rule, parts, {"closure": NO_CLOSURE})  # type: ignore[attr-defined]
+        if self.args.n_gpu > 1:  # type: ignore[attr-defined]
+            raise UnmetNeed("per-example losses need one GPU per process: start the script with torchrun")
+        if "indices" in self.attached.needs and self.train_dataset is not None:
+            self.train_dataset = Positions(self.train_dataset)
+        self.add_callback(_Steps(self.attached))  # type: ignore[attr-defined]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if "indices" not in self._signature_columns:
+            self._signature_columns: list[str] = [*self._signature_columns, "indices"]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler(dataset)  # type: ignore[misc]
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if self.data is None:
+            return loader
+        name = getattr(self.model, "main_input_name", "input_ids")  # type: ignore[attr-defined]
+        wrapped = self.data(Tuples(loader, name))
+        self.attached.check(wrapped)
+        self.attached.parts = [p for p in self.attached.parts if p is not self.train_loader] + [wrapped]
+        self.train_loader = wrapped
+        return Dicts(wrapped, name)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._examples = sum(_size(batch) for batch in batches)
+        return batches, items
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """One loss per example, where `loss` was given."""
+        indices = inputs.pop("indices", None)
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        if isinstance(self.loss, nn.Module):
+            self.loss.train(model.training)
+        memory = {"indices": indices} if "indices" in getattr(self.loss, "needs", ()) and model.training else {}
+        losses = self.loss(outputs["logits"], labels, **memory)
+        return (losses, outputs) if return_outputs else losses
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward, per-example losses, and the rule in the place of `accelerator.backward`."""
+        model.train()
+        if hasattr(self.optimizer, "train"):  # type: ignore[attr-defined]
+            self.optimizer.train()  # type: ignore[attr-defined]
+        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        size = _size(inputs)
+        self.attached.look_at(Batch(next(iter(inputs.values())), inputs.get("labels"), inputs.get("indices")))
+        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+            losses = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        share, scaler = size / (self._examples or size), self.accelerator.scaler  # type: ignore[attr-defined]
+        self.attached.backward(losses, share * (scaler.get_scale() if scaler is not None else 1.0))
+        return losses.detach().mean() * share
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.args.should_save:  # type: ignore[attr-defined]
+            checkpoints.save(Path(output_dir) / FILE, {"parts": self.attached.state_dict()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None:
+            self.attached.load_state_dict(checkpoints.load(Path(checkpoint) / FILE)["parts"])
+
+
+class _Steps(TrainerCallback):
+    """Checks the optimizer, and steps the parts after it."""
+
+    def __init__(self, attached: Attached):
+        self.attached = attached
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self.attached.check(optimizer)
+        if _requires_closure(optimizer):
+            raise UnmetNeed(f"{type(optimizer).__name__} needs a closure: {NO_CLOSURE}")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.attached.step()
+
+
+class Positions(Dataset):
+    """A dataset of dicts whose examples also hold their position, under "indices"."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "indices": index}
+
+
+class Tuples:
+    """A loader of dicts as one of (x, labels, the rest)."""
+
+    def __init__(self, loader: Any, name: str):
+        self.loader, self.name = loader, name
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for batch in self.loader:
+            rest = {k: v for k, v in batch.items() if k not in (self.name, "labels")}
+            yield batch[self.name], batch["labels"], rest
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+
+class Dicts(Tuples):
+    """The reverse of `Tuples`."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for x, labels, rest in self.loader:
+            yield {self.name: x, "labels": labels, **rest}
+
+
+def _size(batch: dict[str, Any]) -> int:
+    return len(next(value for value in batch.values() if isinstance(value, Tensor) and value.ndim))
