@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steep import checkpoint
-from steep.adapters.attached import Attached
+from steep.adapters.attached import ELSEWHERE, Attached, Batches
 from steep.adapters.distributed import GlobalBatch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
+
+__all__ = ["Backward", "Batches"]
 
 FILE = "steep.pt"
 
@@ -27,7 +29,8 @@ class Backward:
 
     Call it with the losses instead of ``accelerator.backward(loss)``, and `step` after ``optimizer.step()``. Rule and
     parts are built before or after `accelerator.prepare`. `accelerator.save_state` and `load_state` take their state
-    along, in a file that is read without unpickling. In several processes a rule on the per-example engine sees the
+    along, in a file that is read without unpickling. A method on the loader wraps the prepared one:
+    ``EfficientTrain(Batches(loader), ...)``. In several processes a rule on the per-example engine sees the
     batch of all processes (`GlobalBatch`).
 
     Args:
@@ -61,8 +64,8 @@ class Backward:
         for part in parts:
             _check_closure(part, accelerator)
         stepped = [part for part in parts if not isinstance(getattr(part, "optimizer", part), Optimizer)]
-        self.attached = Attached("Accelerate", model, rule, stepped, {})
-        self.attached.refused.pop("tasks")
+        refused = {need: line for need, line in ELSEWHERE.items() if need != "tasks"}
+        self.attached = Attached("Accelerate", model, rule, stepped, refused)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -37,7 +37,7 @@ class Attached:
     """
 
     def __init__(self, host: str, model: nn.Module, rule: Any, parts: Iterable[Any], refused: Mapping[str, str]):
-        self.host, self.model, self.refused = host, model, {**ELSEWHERE, **refused}
+        self.host, self.model, self.refused = host, model, refused
         self.rule = Mean() if rule is None else rule
         self.parts: list[Any] = []
         self._looked_at_batch = self._looked_at_shards = False
@@ -107,6 +107,24 @@ class Attached:
             )
         for name, part in parts.items():
             part.load_state_dict(state[name])
+
+
+class Batches:
+    """A host's loader for methods of the data room to wrap: its state is the host's to keep, all else is there."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("loader", "state_dict", "load_state_dict") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
 
 
 def _name(part: Any) -> str:

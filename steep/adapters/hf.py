@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from steep import checkpoint as checkpoints
-from steep.adapters.attached import Attached
+from steep.adapters.attached import ELSEWHERE, Attached, Batches
 from steep.batches import Batch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
@@ -58,7 +58,7 @@ class SteepMixin:
         if isinstance(loss, nn.Module):
             loss.to(self.args.device)  # type: ignore[attr-defined]
         parts = parts if loss is None else (loss, *parts)
-        self.attached = Attached("the Trainer", self.model, rule, parts, {"closure": NO_CLOSURE})  # type: ignore[attr-defined]
+        self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": NO_CLOSURE})  # type: ignore[attr-defined]
         if self.args.n_gpu > 1:  # type: ignore[attr-defined]
             raise UnmetNeed("per-example losses need one GPU per process: start the script with torchrun")
         if "indices" in self.attached.needs and self.train_dataset is not None:
@@ -157,24 +157,17 @@ class Positions(Dataset):
         return {**self.dataset[index], "indices": index}
 
 
-class Tuples:
+class Tuples(Batches):
     """A loader of dicts as one of (x, labels, the rest)."""
 
     def __init__(self, loader: Any, name: str):
-        self.loader, self.name = loader, name
+        super().__init__(loader)
+        self.name = name
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
             rest = {k: v for k, v in batch.items() if k not in (self.name, "labels")}
             yield batch[self.name], batch["labels"], rest
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "loader" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
 
 class Dicts(Tuples):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steep.adapters.attached import Attached
+from steep.adapters.attached import ELSEWHERE, Attached
 from steep.batches import Batch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
@@ -61,7 +61,7 @@ class SteepModule:
             parts: whatever has `step()`, a state or needs: losses, handles of models, loaders.
             rule: backward rule; the ordinary mean by default.
         """
-        self._attached = Attached("Lightning", self, rule, parts, {})  # type: ignore[arg-type]
+        self._attached = Attached("Lightning", self, rule, parts, ELSEWHERE)  # type: ignore[arg-type]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Called by Lightning with the losses divided by the accumulation and multiplied by the gradient scaler."""
@@ -88,8 +88,14 @@ class SteepModule:
             self._attached.look_at(Batch(*batch))
         return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)  # type: ignore[misc]
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step the optimizer, whose closure returns the mean of the losses, and then the parts."""
+
+        def closure() -> Tensor | None:
+            losses = optimizer_closure()
+            return None if losses is None else losses.mean()
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)  # type: ignore[misc]
         self._attached.step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -96,18 +96,14 @@ def test_a_gradient_scaler_changes_nothing_but_rounding(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_equals_going_on(method, tmp_path):
     """With dropout, so that torch's random numbers matter too; the checkpoint is read without unpickling."""
-    whole = train(method, dropout=0.2)
     saver = ModelCheckpoint(tmp_path, every_n_epochs=2, save_top_k=-1, filename="{epoch}")
-    setting = Setting(method, 20, dropout=0.2)
-    data = loader(setting)
-    torch.manual_seed(7)
-    options = {"enable_checkpointing": True, "callbacks": [saver]}
-    trainer(10, **options).fit(Module(setting, *([data] if setting.data else [])), data)
+    epochs = {"max_steps": -1, "max_epochs": 4}  # given max_steps, Lightning itself repeats a batch
+    whole = train(method, dropout=0.2, **epochs, enable_checkpointing=True, callbacks=[saver])
     again = Setting(method, 20, dropout=0.2)
     data = loader(again)
     module = Module(again, *([data] if again.data else []))
     torch.manual_seed(123)
-    trainer(20).fit(module, data, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    trainer(20, **epochs).fit(module, data, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
     assert distance(again.model, whole.setting.model) == 0
 
 
