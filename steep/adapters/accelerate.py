@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steep import checkpoint
-from steep.adapters.attached import ELSEWHERE, Attached, Batches
+from steep.adapters.attached import ELSEWHERE, Attached
+from steep.adapters.batches import Batches
 from steep.adapters.distributed import GlobalBatch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
@@ -90,8 +91,9 @@ class Backward:
 
 def _check_closure(part: Any, accelerator: Accelerator) -> None:
     inner = getattr(part, "optimizer", part)
-    if accelerator.scaler is not None and isinstance(inner, Optimizer):
-        if "closure" in getattr(inner, "needs", ()) or _requires_closure(inner):
-            raise UnmetNeed(
-                f"{type(inner).__name__} needs a closure, which a gradient scaler cannot give: use mixed_precision='bf16'"
-            )
+    if accelerator.scaler is None or not isinstance(inner, Optimizer):
+        return
+    if "closure" in getattr(inner, "needs", ()) or _requires_closure(inner):
+        raise UnmetNeed(
+            f"{type(inner).__name__} needs a closure, which a gradient scaler cannot give: use mixed_precision='bf16'"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from steep.recipe import Mean
 
 OF_THE_BATCH = frozenset({"indices", "classes", "images"})
 ELSEWHERE = {
-    "clients": "the method owns the outer loop; iterate over it instead, with this model as its model, or use steep.fit",
+    "clients": "the method owns the outer loop; iterate over it, with this model as its model, or use steep.fit",
     "tasks": "use a plain loop or Accelerate, where a rule is given the dict itself",
     "val_batch": "use steep.fit, which has the validation loader",
 }
@@ -107,24 +107,6 @@ class Attached:
             )
         for name, part in parts.items():
             part.load_state_dict(state[name])
-
-
-class Batches:
-    """A host's loader for methods of the data room to wrap: its state is the host's to keep, all else is there."""
-
-    def __init__(self, loader: Any):
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("loader", "state_dict", "load_state_dict") or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.loader, name)
 
 
 def _name(part: Any) -> str:

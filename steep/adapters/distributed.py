@@ -93,19 +93,17 @@ class GlobalRows:
         whole = self._whole(part)
         if whole is not None:
             return whole.gram()
-        total = 0.0
-        for j in self._slices(part):
-            j = self.exchange.cat(j, self.lengths).double()
-            total = total + j @ j.T
-        return total  # type: ignore[return-value]
+        everyones = (self.exchange.cat(j, self.lengths).double() for j in self._slices(part))
+        return sum(j @ j.T for j in everyones)  # type: ignore[return-value]
 
     def _whole(self, part: Any) -> Part | None:
         """The part with all processes' examples, where it is a record of tensors."""
         if not dataclasses.is_dataclass(part):
             return None
+        record: Any = part
         changes: dict[str, Any] = {}
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
+        for field in dataclasses.fields(record):
+            value = getattr(record, field.name)
             if callable(value):
                 return None
             if isinstance(value, Tensor):
@@ -117,14 +115,17 @@ class GlobalRows:
                 if None in uses:
                     return None
                 changes["uses"] = uses
-        return dataclasses.replace(part, **changes)
+        return dataclasses.replace(record, **changes)
 
     def _slices(self, part: Any) -> Iterable[Tensor]:
         """Columns of this process's rows, in pieces that are the same in every process."""
         if not hasattr(part, "block"):
             j = part.rows(slice(0, part.height)).flatten(1)
         else:
-            blocks = [t.reshape(part.batch, height(p), -1) for t, p in zip(part.block(range(part.batch)), part.params, strict=True)]
+            blocks = [
+                t.reshape(part.batch, height(p), -1)
+                for t, p in zip(part.block(range(part.batch)), part.params, strict=True)
+            ]
             masks = part.masks or [None] * len(blocks)
             kept = [t if m is None else t * m.to(t)[:, None] for t, m in zip(blocks, masks, strict=True)]
             j = torch.cat([t.flatten(1) for t in kept], 1)

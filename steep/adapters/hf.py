@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from steep import checkpoint as checkpoints
-from steep.adapters.attached import ELSEWHERE, Attached, Batches
+from steep.adapters.attached import ELSEWHERE, Attached
+from steep.adapters.batches import Dicts, Positions, Tuples
 from steep.batches import Batch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
@@ -42,6 +43,7 @@ class SteepMixin:
     """
 
     train_loader: Any = None
+    train_dataset: Any
 
     def __init__(
         self,
@@ -90,7 +92,9 @@ class SteepMixin:
         self._examples = sum(_size(batch) for batch in batches)
         return batches, items
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """One loss per example, where `loss` was given."""
         indices = inputs.pop("indices", None)
         if self.loss is None:
@@ -104,7 +108,7 @@ class SteepMixin:
         return (losses, outputs) if return_outputs else losses
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward, per-example losses, and the rule in the place of `accelerator.backward`."""
+        """Forward, losses, and the rule in the place of `accelerator.backward`."""
         model.train()
         if hasattr(self.optimizer, "train"):  # type: ignore[attr-defined]
             self.optimizer.train()  # type: ignore[attr-defined]
@@ -142,40 +146,6 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attached.step()
-
-
-class Positions(Dataset):
-    """A dataset of dicts whose examples also hold their position, under "indices"."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "indices": index}
-
-
-class Tuples(Batches):
-    """A loader of dicts as one of (x, labels, the rest)."""
-
-    def __init__(self, loader: Any, name: str):
-        super().__init__(loader)
-        self.name = name
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            rest = {k: v for k, v in batch.items() if k not in (self.name, "labels")}
-            yield batch[self.name], batch["labels"], rest
-
-
-class Dicts(Tuples):
-    """The reverse of `Tuples`."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for x, labels, rest in self.loader:
-            yield {self.name: x, "labels": labels, **rest}
 
 
 def _size(batch: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ class SteepModule:
 
     Parts that are modules (a loss with a memory) are best attributes of the module too, so that Lightning moves and
     saves them; `attach` says which are stepped after each optimizer step. Learning-rate schedulers are Lightning's;
-    ask for ``"interval": "step"``. What you override of `on_train_start`, `on_train_batch_start`,
+    ask for ``"interval": "step"``. What you override of `on_fit_start`, `on_train_start`, `on_train_batch_start`,
     `on_save_checkpoint` and `on_load_checkpoint` must call `super()`.
 
     Checkpoints hold the state of rule and parts and torch's random numbers, and nothing that needs unpickling:
@@ -69,18 +69,22 @@ class SteepModule:
         scale = (scaler.get_scale() if scaler is not None else 1.0) / share
         self._attached.backward(loss if scale == 1.0 else loss / scale, scale)
 
-    def on_train_start(self) -> None:
-        """Check the optimizers, and put back the random numbers of a checkpoint."""
-        super().on_train_start()  # type: ignore[misc]
-        for optimizer in self.trainer.optimizers:  # type: ignore[attr-defined]
-            self._attached.check(optimizer)
-            if "closure" in getattr(optimizer, "needs", ()) or _requires_closure(optimizer):
-                _check_closure(type(optimizer).__name__, self.trainer)  # type: ignore[attr-defined]
+    def on_fit_start(self) -> None:
+        """Put back the random numbers of a checkpoint, before the first epoch's order is drawn."""
+        super().on_fit_start()  # type: ignore[misc]
         if self._random is not None:
             torch.set_rng_state(self._random["cpu"])
             if self._random["cuda"]:
                 torch.cuda.set_rng_state_all(self._random["cuda"])
             self._random = None
+
+    def on_train_start(self) -> None:
+        """Check the optimizers."""
+        super().on_train_start()  # type: ignore[misc]
+        for optimizer in self.trainer.optimizers:  # type: ignore[attr-defined]
+            self._attached.check(optimizer)
+            if "closure" in getattr(optimizer, "needs", ()) or _requires_closure(optimizer):
+                _check_closure(type(optimizer).__name__, self.trainer)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Check what the first batch holds."""
@@ -101,7 +105,7 @@ class SteepModule:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["steep"] = {**self._attached.state_dict()}
+        checkpoint["steep"] = self._attached.state_dict()
         checkpoint["steep_random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -121,8 +125,9 @@ def _check_closure(name: str, trainer: Any) -> None:
         raise UnmetNeed(
             f"{name} needs a closure, which Lightning's precision='16-mixed' calls once and withholds: use 'bf16-mixed'"
         )
-    if trainer.accumulate_grad_batches > 1:
+    count = trainer.accumulate_grad_batches
+    if count > 1:
         raise UnmetNeed(
-            f"{name} needs a closure for the whole batch, but accumulate_grad_batches={trainer.accumulate_grad_batches} "
-            "gives it one for the last part: set it to 1 with a larger batch_size"
+            f"{name} needs a closure for the whole batch, but accumulate_grad_batches={count} gives it one for the "
+            "last part: set it to 1 with a larger batch_size"
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from common import BATCH, METHODS, Setting, distance, images, plain
+from parity import BATCH, METHODS, Setting, distance, images, plain
 from torch import nn
 
 import steep

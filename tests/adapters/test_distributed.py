@@ -1,119 +1,22 @@
 """Two processes on gloo equal one on their concatenated batch, and say what they exchange."""
 
-import datetime
-import tempfile
-import time
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing import start_processes
-from torch.nn.parallel import DistributedDataParallel
+from two_processes import CASES, RULES, all_cases, batch, in_two, mixed, on_shards, refusals, trained, with_accelerate
 
-import steep
-from steep.adapters.distributed import Exchange, GlobalBatch, check_sharding, sharded
+from steep.adapters.distributed import GlobalBatch, check_sharding, sharded
 from steep.backward.sven import Sven
-from steep.needs import UnmetNeed
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import AdamP
-
-LIMIT = 60  # seconds
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def _enter(rank, world, path, work):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=LIMIT)
-    dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=world, timeout=limit)
-    try:
-        torch.save(work(rank), f"{path}/{rank}")
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two(work):
-    """What `work(rank)` returns in each of two processes, which are ended when they take too long."""
-    with tempfile.TemporaryDirectory() as path:
-        context = start_processes(_enter, (2, path, work), 2, join=False, start_method="spawn")
-        end = time.monotonic() + LIMIT
-        try:
-            while not context.join(timeout=1):
-                assert time.monotonic() < end, "the processes hang"
-        finally:
-            for process in context.processes:
-                process.kill()
-        return [torch.load(f"{path}/{rank}") for rank in range(2)]
-
-
-def mixed(kind):
-    """Models whose parts are kept in every way: factors, patches, rows, tokens, tied weights, no rule at all."""
-    torch.manual_seed(3)
-    if kind == "mlp":
-        return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 1))
-    if kind == "conv":
-        shape = nn.Unflatten(1, (1, 1, 6))
-        return nn.Sequential(shape, nn.Conv2d(1, 40, (1, 3)), nn.Tanh(), nn.GroupNorm(2, 40), nn.Flatten(), nn.Linear(160, 1))
-    return Tied()
-
-
-class Tied(nn.Module):
-    """An embedding tied to a linear layer, and one without a rule."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.back, self.odd = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Bilinear(5, 5, 1)
-        self.back.weight = self.table.weight
-
-    def forward(self, x):
-        h = torch.tanh(self.back(self.table(x.abs().mul(9).long() % 5).mean(1)))
-        return self.odd(h, h)
-
-
-RULES = {
-    "mean": lambda model: steep.Mean(),
-    "sven": Sven,
-    "sven, some rows": partial(Sven, param_fraction=0.5),
-    "sven, micro-batches": partial(Sven, micro_batch=3, rank=3),
-}
-
-
-def batch(step, count=12):
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(count, 6, generator=generator), torch.randn(count, generator=generator)
-
-
-def trained(model, call, rule, cut, steps=4):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for step in range(steps):
-        x, y = (t[cut] for t in batch(step))
-        optimizer.zero_grad()
-        rule(call(x).squeeze(-1) - y if not isinstance(getattr(rule, "rule", rule), steep.Mean) else
-             (call(x).squeeze(-1) - y).square())
-        optimizer.step()
-    return model.state_dict()
-
-
-CASES = [("mlp", name) for name in RULES] + [("conv", "sven"), ("conv", "sven, some rows"), ("tied", "sven"), ("tied", "sven, some rows")]
-
-
-def _all_cases(rank):
-    found = {}
-    for split in (6, 5):  # even, uneven
-        cut = slice(0, split) if rank == 0 else slice(split, 12)
-        for kind, name in CASES:
-            model = mixed(kind)
-            rule = GlobalBatch(RULES[name](model))
-            state = trained(model, DistributedDataParallel(model), rule, cut)
-            found[split, kind, name] = state, rule.sent_bytes
-    return found
-
-
 @pytest.fixture(scope="module")
 def two():
-    return in_two(_all_cases)
+    return in_two(all_cases)
 
 
 @pytest.mark.filterwarnings("ignore:each step takes")
@@ -139,18 +42,8 @@ def test_what_is_exchanged_are_the_layers_factors(two):
     assert two[0][6, "conv", "sven"][1] < 1.5 * rows  # small layers: their rows are what is kept
 
 
-def _refusals(rank):
-    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    rule, text = GlobalBatch(Sven(model)), ""
-    try:
-        rule(model(torch.randn(2, 3 + rank, 4)).square().mean((1, 2)))
-    except ValueError as error:
-        text = str(error)
-    return text, Exchange().lengths(torch.zeros(rank + 1))
-
-
 def test_unlike_shapes_are_refused_in_every_process():
-    for text, lengths in in_two(_refusals):
+    for text, lengths in in_two(refusals):
         assert "unlike shapes" in text
         assert "pad the batches" in text
         assert lengths == [1, 2]
@@ -168,28 +61,6 @@ def test_the_rules_own_state_is_reached():
     assert "Sven" in repr(rule)
 
 
-def _fsdp(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = mixed("mlp")
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    texts = []
-    for refused in (AdamP, Sven):
-        with pytest.raises(UnmetNeed) as error:
-            check_sharding(model.parameters(), refused)
-        texts.append(str(error.value))
-    with pytest.raises(UnmetNeed):
-        sharded(AdamP, model.parameters())
-    optimizer = sharded(AdaBelief, model.parameters(), lr=0.05, weight_decay=0.1)
-    for step in range(5):
-        x, y = (t[6 * rank : 6 * rank + 6] for t in batch(step))
-        optimizer.zero_grad()
-        (model(x).squeeze(-1) - y).square().mean().backward()
-        optimizer.step()
-    return texts, {k: v.full_tensor() for k, v in model.state_dict().items()}
-
-
 def test_sharded_parameters_are_stepped_by_elementwise_methods_and_refused_by_the_rest():
     model = mixed("mlp")
     optimizer = AdaBelief(model.parameters(), lr=0.05, weight_decay=0.1)
@@ -198,7 +69,7 @@ def test_sharded_parameters_are_stepped_by_elementwise_methods_and_refused_by_th
         optimizer.zero_grad()
         (model(x).squeeze(-1) - y).square().mean().backward()
         optimizer.step()
-    for texts, state in in_two(_fsdp):
+    for texts, state in in_two(on_shards):
         assert "AdamP needs whole parameters" in texts[0]
         assert "DistributedDataParallel" in texts[1]
         for key, value in model.state_dict().items():
@@ -215,3 +86,12 @@ def test_whole_parameters_are_never_refused():
     optimizer.zero_grad()
     assert model.weight.grad is None
     assert repr(optimizer).startswith("ShardedAdaBelief")
+
+
+def test_accelerate_in_two_processes_equals_one():
+    model = mixed("mlp")
+    whole = trained(model, model, Sven(model), slice(None))
+    for processes, state in in_two(with_accelerate):
+        assert processes == 2
+        for key, value in whole.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=2e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import BATCH, COUNT, METHODS, Setting, cross_entropy, distance, images, plain
+from parity import BATCH, COUNT, METHODS, Setting, cross_entropy, distance, images, plain
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 
@@ -13,9 +13,10 @@ from steep.rounds.fedspeed import FedSpeed
 
 transformers = pytest.importorskip("transformers", reason="needs the extra steep[hf]")
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from steep.adapters.hf import FILE, Positions, SteepMixin
+from steep.adapters.batches import Positions  # noqa: E402
+from steep.adapters.hf import FILE, SteepMixin  # noqa: E402
 
 
 class MyTrainer(SteepMixin, Trainer):
@@ -36,8 +37,15 @@ class Examples(Dataset):
 def trainer(setting, out, steps=20, batch=BATCH, dataset=None, **options):
     kinds = {k: options.pop(k) for k in ("rule", "loss", "optimizers", "parts", "compute_loss_func") if k in options}
     args = TrainingArguments(
-        str(out), max_steps=steps, per_device_train_batch_size=batch, use_cpu=True, report_to=[], disable_tqdm=True,
-        max_grad_norm=options.pop("max_grad_norm", 0.0), seed=7, **{"save_strategy": "no", "logging_strategy": "no"} | options,
+        str(out),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        max_grad_norm=options.pop("max_grad_norm", 0.0),
+        seed=7,
+        **{"save_strategy": "no", "logging_strategy": "no"} | options,
     )
     constant = torch.optim.lr_scheduler.LambdaLR(setting.optimizer, lambda step: 1.0)
     given = {"rule": setting.rule, "loss": setting.loss, "parts": tuple(setting.parts)}
@@ -133,6 +141,6 @@ def test_what_the_trainer_cannot_give_is_refused(tmp_path):
     setting.model.add_module("norm", coupled)
     with pytest.raises(UnmetNeed, match="Sven needs examples that do not influence.*norm"):
         trainer(setting, tmp_path, 1, rule=Sven(setting.model))
+    scalar = trainer(Setting("sven"), tmp_path, 1, loss=lambda z, y: cross_entropy(z, y).mean())
     with pytest.raises(ValueError, match="Sven needs one loss per example"):
-        scalar = Setting("sven")
-        trainer(scalar, tmp_path, 1, loss=lambda z, y: cross_entropy(z, y).mean()).train()
+        scalar.train()

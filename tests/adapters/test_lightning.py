@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from common import BATCH, METHODS, Setting, distance, images, plain
+from parity import BATCH, METHODS, Setting, distance, images, plain
 from torch import nn
 
 import steep
@@ -13,11 +13,11 @@ from steep.rounds.fedspeed import FedSpeed
 
 lightning = pytest.importorskip("lightning", reason="needs the extra steep[lightning]")
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
-from steep.adapters.lightning import SteepModule
+from steep.adapters.lightning import SteepModule  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*lightning.*")
 
@@ -112,8 +112,9 @@ def test_needs_are_checked_with_the_line_to_change():
     setting.model.norm = nn.BatchNorm1d(3)
     with pytest.raises(UnmetNeed, match="Sven needs examples that do not influence.*norm.*GroupNorm"):
         Module(setting)
-    federated = FedSpeed(nn.Linear(2, 2), [steep.tensor_loader(torch.randn(4, 2), torch.zeros(4), 2)], None,
-                         generator=torch.Generator())
+    federated = FedSpeed(
+        nn.Linear(2, 2), [steep.tensor_loader(torch.randn(4, 2), torch.zeros(4), 2)], None, generator=torch.Generator()
+    )
     with pytest.raises(UnmetNeed, match="FedSpeed needs .*clients, which Lightning cannot give: .*iterate over it"):
         Module(Setting("mean"), federated)
     x, y = images()

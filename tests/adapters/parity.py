@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import steep
-from steep.adapters.distributed import sharded  # noqa: F401  (importable without a process group)
 from steep.backward.sven import Sven
 from steep.data.efficienttrain import EfficientTrain
 from steep.losses.ps_kd import PSKD
@@ -19,9 +18,7 @@ METHODS = ["mean", "efficienttrain", "nm-gradient-flow", "ps-kd", "sven", "adabe
 
 def images():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(COUNT, 1, SIDE, SIDE, generator=generator), torch.randint(
-        CLASSES, (COUNT,), generator=generator
-    )
+    return torch.randn(COUNT, 1, SIDE, SIDE, generator=generator), torch.randint(CLASSES, (COUNT,), generator=generator)
 
 
 class Net(nn.Module):
