@@ -41,9 +41,14 @@ class Attached:
         self.rule = Mean() if rule is None else rule
         self.parts: list[Any] = []
         self._looked_at_batch = self._looked_at_shards = False
-        for part in (self.rule, *parts):
-            self.check(part)
-        self.parts.extend(parts)
+        self.check(self.rule)
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: Any) -> None:
+        """Check a part, and step and save it from now on."""
+        self.check(part)
+        self.parts.append(part)
 
     @property
     def needs(self) -> frozenset[str]:

@@ -18,10 +18,11 @@ from steep.needs import UnmetNeed
 from steep.training import _requires_closure
 
 FILE = "steep.pt"
+_Host: Any = object  # what the mixin has besides is the Trainer's
 NO_CLOSURE = "the Trainer calls optimizer.step() without one; use Lightning, Accelerate or a plain loop"
 
 
-class SteepMixin:
+class SteepMixin(_Host):
     """Mixin for a Hugging Face `Trainer`: write ``class MyTrainer(SteepMixin, Trainer)``.
 
     The gradient is that of the mean over all examples of a step, however they are split by gradient accumulation.
@@ -42,8 +43,8 @@ class SteepMixin:
         UnmetNeed: the Trainer lacks what a part needs; names it and the line to change.
     """
 
-    train_loader: Any = None
     train_dataset: Any
+    train_loader: Any = None
 
     def __init__(
         self,
@@ -57,38 +58,37 @@ class SteepMixin:
     ):
         super().__init__(*args, **kwargs)
         self.loss, self.sampler, self.data, self._examples = loss, sampler, data, 0
+        self._input = getattr(self.model, "main_input_name", "input_ids")
         if isinstance(loss, nn.Module):
-            loss.to(self.args.device)  # type: ignore[attr-defined]
+            loss.to(self.args.device)
         parts = parts if loss is None else (loss, *parts)
-        self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": NO_CLOSURE})  # type: ignore[attr-defined]
-        if self.args.n_gpu > 1:  # type: ignore[attr-defined]
+        self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": NO_CLOSURE})
+        if self.args.n_gpu > 1:
             raise UnmetNeed("per-example losses need one GPU per process: start the script with torchrun")
         if "indices" in self.attached.needs and self.train_dataset is not None:
             self.train_dataset = Positions(self.train_dataset)
-        self.add_callback(_Steps(self.attached))  # type: ignore[attr-defined]
+        self.add_callback(_Steps(self.attached))
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        super()._set_signature_columns_if_needed()
         if "indices" not in self._signature_columns:
             self._signature_columns: list[str] = [*self._signature_columns, "indices"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler(dataset)  # type: ignore[misc]
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler(dataset)
 
     def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()  # type: ignore[misc]
+        loader = super().get_train_dataloader()
         if self.data is None:
             return loader
-        name = getattr(self.model, "main_input_name", "input_ids")  # type: ignore[attr-defined]
-        wrapped = self.data(Tuples(loader, name))
-        self.attached.check(wrapped)
-        self.attached.parts = [p for p in self.attached.parts if p is not self.train_loader] + [wrapped]
-        self.train_loader = wrapped
-        return Dicts(wrapped, name)
+        self.attached.parts = [part for part in self.attached.parts if part is not self.train_loader]
+        self.train_loader = self.data(Tuples(loader, self._input))
+        self.attached.add(self.train_loader)
+        return Dicts(self.train_loader, self._input)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        batches, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        batches, items = super().get_batch_samples(*args, **kwargs)
         self._examples = sum(_size(batch) for batch in batches)
         return batches, items
 
@@ -98,7 +98,7 @@ class SteepMixin:
         """One loss per example, where `loss` was given."""
         indices = inputs.pop("indices", None)
         if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         if isinstance(self.loss, nn.Module):
@@ -110,24 +110,30 @@ class SteepMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward, losses, and the rule in the place of `accelerator.backward`."""
         model.train()
-        if hasattr(self.optimizer, "train"):  # type: ignore[attr-defined]
-            self.optimizer.train()  # type: ignore[attr-defined]
-        inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        getattr(self.optimizer, "train", bool)()
+        inputs = self._prepare_inputs(inputs)
         size = _size(inputs)
-        self.attached.look_at(Batch(next(iter(inputs.values())), inputs.get("labels"), inputs.get("indices")))
-        with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+        self.attached.look_at(Batch(inputs.get(self._input), inputs.get("labels"), inputs.get("indices")))
+        with self.compute_loss_context_manager():
             losses = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        share, scaler = size / (self._examples or size), self.accelerator.scaler  # type: ignore[attr-defined]
+        share = 1.0 if losses.ndim == 0 and self._is_scaled(num_items_in_batch) else size / (self._examples or size)
+        scaler = self.accelerator.scaler
         self.attached.backward(losses, share * (scaler.get_scale() if scaler is not None else 1.0))
         return losses.detach().mean() * share
 
+    def _is_scaled(self, items: Any) -> bool:
+        """Whether a scalar loss is that of the whole step already, as the Trainer decides it."""
+        if self.loss is not None or self.loss_is_scaled_for_ga is not None:
+            return self.loss is None and self.loss_is_scaled_for_ga
+        return items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        if self.args.should_save:  # type: ignore[attr-defined]
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
             checkpoints.save(Path(output_dir) / FILE, {"parts": self.attached.state_dict()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.attached.load_state_dict(checkpoints.load(Path(checkpoint) / FILE)["parts"])
 

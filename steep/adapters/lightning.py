@@ -14,11 +14,14 @@ from torch import Tensor
 
 from steep.adapters.attached import ELSEWHERE, Attached
 from steep.batches import Batch
+from steep.checkpoint import CheckpointError
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
 
+_Host: Any = object  # what the mixin has besides is the LightningModule's
 
-class SteepModule:
+
+class SteepModule(_Host):
     """Mixin for a `LightningModule`: write ``class Net(SteepModule, LightningModule)`` and call `attach` at the end of
     ``__init__``. `training_step` then returns one loss per example, shape (B,), alone or under "loss".
 
@@ -61,17 +64,17 @@ class SteepModule:
             parts: whatever has `step()`, a state or needs: losses, handles of models, loaders.
             rule: backward rule; the ordinary mean by default.
         """
-        self._attached = Attached("Lightning", self, rule, parts, ELSEWHERE)  # type: ignore[arg-type]
+        self._attached = Attached("Lightning", self, rule, parts, ELSEWHERE)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Called by Lightning with the losses divided by the accumulation and multiplied by the gradient scaler."""
-        scaler, share = _scaler(self.trainer), self.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        scaler, share = _scaler(self.trainer), self.trainer.accumulate_grad_batches
         scale = (scaler.get_scale() if scaler is not None else 1.0) / share
         self._attached.backward(loss if scale == 1.0 else loss / scale, scale)
 
     def on_fit_start(self) -> None:
         """Put back the random numbers of a checkpoint, before the first epoch's order is drawn."""
-        super().on_fit_start()  # type: ignore[misc]
+        super().on_fit_start()
         if self._random is not None:
             torch.set_rng_state(self._random["cpu"])
             if self._random["cuda"]:
@@ -80,17 +83,17 @@ class SteepModule:
 
     def on_train_start(self) -> None:
         """Check the optimizers."""
-        super().on_train_start()  # type: ignore[misc]
-        for optimizer in self.trainer.optimizers:  # type: ignore[attr-defined]
+        super().on_train_start()
+        for optimizer in self.trainer.optimizers:
             self._attached.check(optimizer)
             if "closure" in getattr(optimizer, "needs", ()) or _requires_closure(optimizer):
-                _check_closure(type(optimizer).__name__, self.trainer)  # type: ignore[attr-defined]
+                _check_closure(type(optimizer).__name__, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Check what the first batch holds."""
         if isinstance(batch, list | tuple) and len(batch) in (2, 3):
             self._attached.look_at(Batch(*batch))
-        return super().on_train_batch_start(batch, batch_idx)  # type: ignore[misc]
+        return super().on_train_batch_start(batch, batch_idx)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step the optimizer, whose closure returns the mean of the losses, and then the parts."""
@@ -99,17 +102,21 @@ class SteepModule:
             losses = optimizer_closure()
             return None if losses is None else losses.mean()
 
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)  # type: ignore[misc]
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self._attached.step()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_save_checkpoint(checkpoint)
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["steep"] = self._attached.state_dict()
         checkpoint["steep_random"] = {"cpu": torch.get_rng_state(), "cuda": cuda}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_load_checkpoint(checkpoint)
+        if "steep" not in checkpoint:
+            raise CheckpointError(
+                "the checkpoint was written without SteepModule: it lacks the state of rule and parts"
+            )
         self._attached.load_state_dict(checkpoint["steep"])
         self._random = checkpoint["steep_random"]
 

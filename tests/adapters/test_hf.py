@@ -98,6 +98,20 @@ def test_a_loss_function_of_the_trainer_may_return_a_vector(tmp_path):
     assert distance(setting.model, plain("sven", 3)) < 1e-6
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["summed over the step", "one number per example"])
+def test_accumulation_of_the_trainers_own_losses(wide, tmp_path):
+    """A scalar that the Trainer takes for the step's own share is not divided a second time."""
+
+    def loss(output, labels, num_items_in_batch):
+        losses = cross_entropy(output["logits"], labels)
+        return losses if wide else losses.sum() / num_items_in_batch
+
+    setting = Setting("mean")
+    options = {"batch": BATCH // 2, "gradient_accumulation_steps": 2, "loss": None, "compute_loss_func": loss}
+    trainer(setting, tmp_path, 5, **options).train()
+    assert distance(setting.model, plain("mean", 5)) < 1e-6
+
+
 def test_held_out_losses_are_reported_without_the_methods_memory(tmp_path):
     setting = Setting("ps-kd")
     found = trainer(setting, tmp_path, 3)

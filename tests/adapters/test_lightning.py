@@ -151,6 +151,8 @@ def test_another_set_of_parts_is_refused():
     saved = {"steep": {"rule": {}, "part0 PSKD": {}}}
     with pytest.raises(steep.CheckpointError, match="PSKD.*attach the same"):
         Module(Setting("sven")).on_load_checkpoint(saved)
+    with pytest.raises(steep.CheckpointError, match="written without SteepModule"):
+        Module(Setting("sven")).on_load_checkpoint({})
 
 
 def test_the_rule_and_the_loss_are_the_ones_attached():
