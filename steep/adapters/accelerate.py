@@ -37,7 +37,8 @@ class Backward:
     Args:
         accelerator: of the training.
         model: what is trained.
-        parts: whatever has `step()`, a state or needs: losses, handles of models, loaders, optimizers.
+        parts: whatever has `step()`, a state or needs: losses, handles of models, loaders, schedules. Optimizers are
+            only checked; the loop steps them.
         rule: backward rule; the ordinary mean by default.
 
     Raises:
@@ -64,7 +65,7 @@ class Backward:
         self.accelerator = accelerator
         for part in parts:
             _check_closure(part, accelerator)
-        stepped = [part for part in parts if not isinstance(getattr(part, "optimizer", part), Optimizer)]
+        stepped = [part for part in parts if not isinstance(part, Optimizer)]
         refused = {need: line for need, line in ELSEWHERE.items() if need != "tasks"}
         self.attached = Attached("Accelerate", model, rule, stepped, refused)
         accelerator.register_save_state_pre_hook(self._save)
@@ -90,9 +91,9 @@ class Backward:
 
 
 def _check_closure(part: Any, accelerator: Accelerator) -> None:
-    inner = getattr(part, "optimizer", part)
-    if accelerator.scaler is None or not isinstance(inner, Optimizer):
+    if accelerator.scaler is None or not isinstance(part, Optimizer):
         return
+    inner = getattr(part, "optimizer", part)
     if "closure" in getattr(inner, "needs", ()) or _requires_closure(inner):
         raise UnmetNeed(
             f"{type(inner).__name__} needs a closure, which a gradient scaler cannot give: use mixed_precision='bf16'"

@@ -12,7 +12,7 @@ numbers (times bytes of their type), for B examples in this process:
     norm, bias     B p                    the rows themselves, p parameters
     other layers   B p                    their rows, but for at most `CHUNK` numbers of each process at a time
 
-and the losses, 8 B bytes. Never the (B x P) matrix of the model. All of it counts in `GlobalBatch.sent_bytes`.
+the B losses, and two integers. Never the (B x P) matrix of the model. All of it counts in `GlobalBatch.sent_bytes`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steep.needs import UnmetNeed
+from steep.needs import NEEDS, UnmetNeed
 from steep.per_example import Part, Rows
 from steep.per_example.parts import CHUNK, height
 from steep.recipe import Mean
+
+REMEDY = NEEDS["losses"].remedy
 
 
 class Exchange:
@@ -182,8 +184,12 @@ class GlobalBatch:
         self.needs = frozenset({"losses"}) | getattr(rule, "needs", frozenset())
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
+        if losses.ndim != 1:
+            raise ValueError(f"GlobalBatch needs losses of shape (B,), got {tuple(losses.shape)}: {REMEDY}")
         exchange = Exchange(self.group)
         lengths = exchange.lengths(losses)
+        if not all(lengths):
+            raise ValueError(f"every process needs examples, but they have {lengths}: drop the last, incomplete batch")
         if isinstance(self.rule, Mean):
             self.rule(losses, scale=scale * len(losses) * exchange.size / sum(lengths))
         else:

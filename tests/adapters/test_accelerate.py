@@ -118,6 +118,7 @@ def test_what_it_cannot_give_is_refused(accelerator):
     with pytest.raises(UnmetNeed, match="FedSpeed .*Accelerate cannot give: .*iterate over it"):
         Backward(host, model, federated)
     host.scaler = torch.amp.GradScaler("cpu")
+    assert Backward(host, model, torch.optim.SGD(model.parameters())).attached.parts == []
     with pytest.raises(UnmetNeed, match="LBFGS needs a closure.*mixed_precision='bf16'"):
         Backward(host, model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="Sven needs one loss per example"):
@@ -136,3 +137,12 @@ def test_a_rule_of_several_tasks_is_given_the_dict(accelerator):
     output = weight(torch.ones(4, 1)).squeeze(1)
     backward({"a": output, "b": 2 * output})
     assert float(weight.weight.grad) == pytest.approx(3.0)
+
+
+def test_a_schedule_may_be_stepped_with_the_parts(accelerator):
+    host, model = accelerator(), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    backward = Backward(host, model, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
+    optimizer.step()
+    backward.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5

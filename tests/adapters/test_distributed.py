@@ -64,6 +64,8 @@ def test_unlike_shapes_are_refused_in_every_process():
 def test_a_rule_whose_global_batch_is_unknown_is_refused():
     with pytest.raises(TypeError, match="not built on the per-example engine"):
         GlobalBatch(lambda losses, scale=1.0: None)
+    with pytest.raises(ValueError, match=r"shape \(B,\), got \(\).*reduction='none'"):
+        GlobalBatch(Sven(nn.Linear(2, 1)))(torch.zeros(()))
 
 
 def test_the_rules_own_state_is_reached():

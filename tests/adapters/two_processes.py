@@ -137,6 +137,8 @@ def refusals(rank):
         rule(model(torch.randn(2, 3 + rank, 4)).square().mean((1, 2)))
     except ValueError as error:
         text = str(error)
+    with pytest.raises(ValueError, match=r"every process needs examples, but they have \[0, 1\]"):
+        rule(torch.zeros(rank, requires_grad=True))
     return text, Exchange().lengths(torch.zeros(rank + 1))
 
 
