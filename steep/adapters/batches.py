@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 
@@ -58,3 +59,8 @@ class Dicts(Tuples):
     def __iter__(self) -> Iterator[Any]:
         for x, labels, rest in self.loader:
             yield {self.name: x, "labels": labels, **rest}
+
+
+def size_of(batch: dict[str, Any]) -> int:
+    """Number of examples in a batch by name."""
+    return len(next(value for value in batch.values() if isinstance(value, Tensor) and value.ndim))

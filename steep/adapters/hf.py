@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from steep import checkpoint as checkpoints
 from steep.adapters.attached import ELSEWHERE, Attached
-from steep.adapters.batches import Dicts, Positions, Tuples
+from steep.adapters.batches import Dicts, Positions, Tuples, size_of
 from steep.batches import Batch
 from steep.needs import UnmetNeed
 from steep.training import _requires_closure
@@ -89,13 +89,10 @@ class SteepMixin(_Host):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        self._examples = sum(_size(batch) for batch in batches)
+        self._examples = sum(size_of(batch) for batch in batches)
         return batches, items
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """One loss per example, where `loss` was given."""
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         indices = inputs.pop("indices", None)
         if self.loss is None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
@@ -112,11 +109,10 @@ class SteepMixin(_Host):
         model.train()
         getattr(self.optimizer, "train", bool)()
         inputs = self._prepare_inputs(inputs)
-        size = _size(inputs)
         self.attached.look_at(Batch(inputs.get(self._input), inputs.get("labels"), inputs.get("indices")))
         with self.compute_loss_context_manager():
             losses = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        share = 1.0 if losses.ndim == 0 and self._is_scaled(num_items_in_batch) else size / (self._examples or size)
+        share = 1.0 if losses.ndim == 0 and self._is_scaled(num_items_in_batch) else size_of(inputs) / self._examples
         scaler = self.accelerator.scaler
         self.attached.backward(losses, share * (scaler.get_scale() if scaler is not None else 1.0))
         return losses.detach().mean() * share
@@ -152,7 +148,3 @@ class _Steps(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attached.step()
-
-
-def _size(batch: dict[str, Any]) -> int:
-    return len(next(value for value in batch.values() if isinstance(value, Tensor) and value.ndim))
