@@ -86,7 +86,7 @@ class Training:
         self.steps = [part.step for part in changing if hasattr(part, "step")]
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
-        self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
+        self.needs_closure = "closure" in self.needs["optimizer"] or requires_closure(plain)
         self.rule_wants_closure = "closure" in self.needs["rule"]
         self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
@@ -260,7 +260,8 @@ def _shorten(items: list[int], most: int = 8) -> str:
     return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _requires_closure(optimizer: Any) -> bool:
+def requires_closure(optimizer: Any) -> bool:
+    """Whether an optimizer's `step` cannot do without a closure, as `torch.optim.LBFGS`'s."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

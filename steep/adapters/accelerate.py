@@ -18,7 +18,7 @@ from steep.adapters.attached import ELSEWHERE, Attached
 from steep.adapters.batches import Batches
 from steep.adapters.distributed import GlobalBatch
 from steep.needs import UnmetNeed
-from steep.training import _requires_closure
+from steep.training import requires_closure
 
 __all__ = ["Backward", "Batches"]
 
@@ -94,7 +94,7 @@ def _check_closure(part: Any, accelerator: Accelerator) -> None:
     if accelerator.scaler is None or not isinstance(part, Optimizer):
         return
     inner = getattr(part, "optimizer", part)
-    if "closure" in getattr(inner, "needs", ()) or _requires_closure(inner):
+    if "closure" in getattr(inner, "needs", ()) or requires_closure(inner):
         raise UnmetNeed(
             f"{type(inner).__name__} needs a closure, which a gradient scaler cannot give: use mixed_precision='bf16'"
         )

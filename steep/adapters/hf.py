@@ -15,7 +15,7 @@ from steep.adapters.attached import ELSEWHERE, Attached
 from steep.adapters.batches import Dicts, Positions, Tuples, size_of
 from steep.batches import Batch
 from steep.needs import UnmetNeed
-from steep.training import _requires_closure
+from steep.training import requires_closure
 
 FILE = "steep.pt"
 _Host: Any = object  # what the mixin has besides is the Trainer's
@@ -143,7 +143,7 @@ class _Steps(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.attached.check(optimizer)
-        if _requires_closure(optimizer):
+        if requires_closure(optimizer):
             raise UnmetNeed(f"{type(optimizer).__name__} needs a closure: {NO_CLOSURE}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

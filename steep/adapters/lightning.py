@@ -16,7 +16,7 @@ from steep.adapters.attached import ELSEWHERE, Attached
 from steep.batches import Batch
 from steep.checkpoint import CheckpointError
 from steep.needs import UnmetNeed
-from steep.training import _requires_closure
+from steep.training import requires_closure
 
 _Host: Any = object  # what the mixin has besides is the LightningModule's
 
@@ -86,7 +86,7 @@ class SteepModule(_Host):
         super().on_train_start()
         for optimizer in self.trainer.optimizers:
             self._attached.check(optimizer)
-            if "closure" in getattr(optimizer, "needs", ()) or _requires_closure(optimizer):
+            if "closure" in getattr(optimizer, "needs", ()) or requires_closure(optimizer):
                 _check_closure(type(optimizer).__name__, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:

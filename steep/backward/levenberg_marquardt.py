@@ -83,6 +83,7 @@ class LevenbergMarquardt:
     def __init__(self, model: nn.Module, damping: float = 1.0, kappa: float = 2.0, adapt: float = 2.0):
         check_ranges({"damping": damping, "kappa": kappa, "adapt": adapt}, RANGES)
         self.damping, self.kappa, self.adapt = damping, kappa, adapt
+        self.needs = self.needs if adapt > 1 else self.needs - {"closure"}
         self.engine = PerExample(model)
         self.gain: float | None = None
         self._pending: _Step | None = None
