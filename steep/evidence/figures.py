@@ -126,9 +126,18 @@ def _ratio_ticks(axis: Axis) -> list[tuple[float, str]]:
     """Ticks of a logarithm, labelled in per cent, or as factors where the axis spans more than eightfold."""
     if axis.high - axis.low < math.log(8):
         percents = nice(100 * math.expm1(axis.low), 100 * math.expm1(axis.high), most=8)
-        return [(math.log1p(p / 100), f"{_signed(p)} %") for p in percents if p > -100]
+        return spaced(axis, [(math.log1p(p / 100), f"{_signed(p)} %") for p in percents if p > -100])
     factors = nice_log(math.exp(axis.low), math.exp(axis.high))
-    return [(math.log(f), f"×{f:g}" if f > 1 else f"÷{1 / f:g}" if f < 1 else "1") for f in factors]
+    return spaced(axis, [(math.log(f), f"×{f:g}" if f > 1 else f"÷{1 / f:g}" if f < 1 else "1") for f in factors])
+
+
+def spaced(axis: Axis, ticks: Sequence[tuple[float, str]], gap: float = 14.0) -> list[tuple[float, str]]:
+    """Ticks at least `gap` per cent of the axis apart, so that labels do not overlap; zero and what is near it stay."""
+    kept: list[tuple[float, str]] = []
+    for tick in sorted(ticks, key=lambda tick: abs(tick[0])):
+        if all(abs(axis.at(tick[0]) - axis.at(other)) >= gap for other, _ in kept):
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _signed(value: float) -> str:

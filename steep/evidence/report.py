@@ -7,6 +7,7 @@ import csv as csv_format
 import gzip
 import html as markup
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -19,12 +20,14 @@ from PIL import Image, UnidentifiedImageError
 from plotly.offline import get_plotlyjs
 
 from steep.evidence import figures, table
+from steep.evidence.reproduce import command
 from steep.evidence.study import Arm, RunRecord, Study
 from steep.files import write_atomic
 
 HERE = Path(__file__).parent
 LARGEST_PNG = 32 * 1024  # bytes; larger pictures are embedded as WebP of at most PIXELS a side
 PIXELS = 384
+ORDER = ("helps", "hurts", "no evidence", "too few seeds", table.NOTHING, "not compared")
 
 
 def write(study: Study, store_dir: str | Path) -> Path:
@@ -54,6 +57,8 @@ def html(study: Study, store_dir: str | Path) -> str:
     return files.get_template("report.html").render(
         study=study,
         headline=headline(study),
+        best=best(study),
+        glance=glance(study),
         verdicts=[(arm, table.said_of(arm, study)) for arm in table.ranked(study)[1:]],
         rows=[(arm, table.cells(arm, study)) for arm in table.ranked(study)],
         unfinished=[(a, n) for a in study.arms if (n := sum(run.outcome != "finished" for run in a.runs))],
@@ -69,6 +74,7 @@ def html(study: Study, store_dir: str | Path) -> str:
         pictures=list(pictures(study, Path(store_dir))),
         environment=environment(study),
         control=table.CONTROL,
+        again=[(arm, *again(arm, study)) for arm in table.ranked(study)],
         css=_source("report.css"),
         js=_source("report.js"),
         plotly=compressed_plotly(),
@@ -106,6 +112,43 @@ def headline(study: Study) -> str:
     if len(clauses) == 1:
         return f"All {len(arms)} methods {found[0][1]}" if found[0][0] > 1 else clauses[0]
     return f"Of {len(arms)} methods, {', '.join(clauses[:-1])} and {clauses[-1]}"
+
+
+def best(study: Study) -> tuple[Arm, str] | None:
+    """The method that helps most, and what it gains at which cost; `None` where none helps."""
+    arm = next((a for a in table.methods(study) if _verdict(a, study) == "helps"), None)
+    if arm is None:
+        return None
+    said, c, price = table.said_of(arm, study), arm.scores[study.primary], _price(arm, study)
+    sure = f" (95 % interval {table.interval(c, study.metrics[c.score])})" if math.isfinite(c.estimate) else ""
+    later = f"; {said.at_equal_time}" if said.at_equal_time else ""
+    return arm, f"{said.finding}{sure}{price} at equal steps{later}"
+
+
+def _price(arm: Arm, study: Study) -> str:
+    ratio = table.cost_ratio(arm, study, lambda run: run.cpu_seconds)
+    return f", for {ratio} the CPU time," if ratio != "–" else ""
+
+
+def _verdict(arm: Arm, study: Study) -> str:
+    return table.verdict(arm, arm.scores.get(study.primary)) or "not compared"
+
+
+def glance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Per verdict, the methods that have it, from best to worst, each with its change in a word."""
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in ORDER}
+    for arm in table.methods(study):
+        c = arm.scores.get(study.primary)
+        change = table.compact(c, study.metrics[c.score]).partition(" [")[0] if c and not arm.did_nothing else ""
+        found[_verdict(arm, study)].append((arm.name, change))
+    return [(verdict, arms) for verdict, arms in found.items() if arms]
+
+
+def again(arm: Arm, study: Study) -> tuple[str, str, RunRecord | None]:
+    """How to repeat an arm's first run at equal steps, its first at equal time, and the former."""
+    first = [(found[0] if found else None) for found in (arm.runs, arm.equal_time)]
+    steps, time = (command(run, study.source) if run else "" for run in first)
+    return steps, time, first[0]
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -196,7 +239,7 @@ def _smaller(image: Image.Image) -> bytes:
 
 
 def markdown(study: Study) -> str:
-    """Verdicts, table and settings, for a note or a pull request."""
+    """Verdicts, table, settings and how to repeat them, for a note or a pull request."""
     rows = [table.cells(arm, study) for arm in table.ranked(study)]
     chosen = [[arm.name, settings(arm.hyper)] for arm in table.ranked(study) if arm.name != table.CONTROL]
     parts = [
@@ -206,7 +249,8 @@ def markdown(study: Study) -> str:
         "\n".join(f"- {_plain(note)}" for note in table.notes(study)),
         f"{len(study.seeds)} paired seeds. Settings after tuning:",
         _pipes(["arm", "settings"], chosen),
-        _code(study.command) if study.command else "",
+        "The study again, and the first run of each row:" if study.command or study.source else "",
+        _code("\n".join(filter(None, [study.command, *(again(arm, study)[0] for arm in table.ranked(study))]))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -230,16 +274,17 @@ def _runs(study: Study) -> Iterator[tuple[Arm, RunRecord]]:
 
 
 def csv(study: Study) -> str:
-    """Every run, one line each, with its final scores."""
+    """Every run, one line each, with its final scores and the command that repeats it."""
     plain = ["role", "seed", "split_seed", "lr_scale", "outcome", "message", "steps", "examples", "seconds"]
     plain += ["cpu_seconds", "peak_memory", "key"]
     buffer = io.StringIO()
     lines = csv_format.writer(buffer, lineterminator="\n")
     final = [f"{kind}_{name}" for kind in ("val", "test") for name in study.metrics]
-    lines.writerow(["arm", "methods", *plain, *final])
+    lines.writerow(["arm", "methods", *plain, *final, "command"])
     for arm, run in _runs(study):
         scores = [found.get(name, "") for found in (run.val, run.test) for name in study.metrics]
-        lines.writerow([arm.name, _methods(run), *(getattr(run, name) for name in plain), *scores])
+        values = [getattr(run, name) for name in plain]
+        lines.writerow([arm.name, _methods(run), *values, *scores, command(run, study.source)])
     return buffer.getvalue()
 
 
