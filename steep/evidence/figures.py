@@ -64,7 +64,8 @@ def nice_log(low: float, high: float) -> list[float]:
     fine = [v for k in powers for m in (1, 2, 5) if low <= (v := m * 10.0**k) <= high]
     if len(fine) < 2:
         return nice(low, high)
-    return fine if len(fine) <= 6 else [10.0**k for k in powers[:: len(powers) // 6 + 1] if low <= 10.0**k <= high]
+    sparse = len(powers) // 6 + 1
+    return fine if len(fine) <= 6 else [10.0**k for k in powers if k % sparse == 0 and low <= 10.0**k <= high]
 
 
 def value_axis(values: Iterable[float], *, log: bool) -> Axis:
