@@ -11,7 +11,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -280,18 +279,14 @@ def test_page_needs_no_network(page: str) -> None:
     assert all(source.startswith("data:") for source in re.findall(r'\bsrc="([^"]*)', without_links))
 
 
-def test_page_of_ten_methods_with_pictures_is_small_and_quickly_made(tmp_path: Path) -> None:
-    report.compressed_plotly.cache_clear()
+def test_page_of_ten_methods_with_pictures_is_small(tmp_path: Path) -> None:
     y, x = np.mgrid[0:300, 0:400]
     waves = np.stack([np.sin(x * f / 9) * np.cos(y * f / 7) for f in (1, 2, 3)], -1) * 90 + 128
     grain = np.random.default_rng(0).normal(0, 6, waves.shape)  # such as a photograph has
     Image.fromarray((waves + grain).clip(0, 255).astype(np.uint8)).save(tmp_path / "large.png")
     assert (tmp_path / "large.png").stat().st_size > 200_000
     study = with_pictures(make_study({f"method-{i}": {"level": 1 + i / 9} for i in range(10)}), "large.png")
-    start = time.process_time()
-    page = report.html(study, tmp_path)
-    assert time.process_time() - start < 5
-    assert len(page.encode()) <= 3_000_000
+    assert len(report.html(study, tmp_path).encode()) <= 3_000_000
 
 
 def test_plotly_survives_compression() -> None:
@@ -731,6 +726,14 @@ def test_browser_prints_the_table_and_unfolds_the_rest(browser: Any, page: str, 
     assert tab.page.locator("details[open]").count() == 0
     assert tab.page.pdf(format="A4").startswith(b"%PDF")
     assert tab.said == []
+
+
+def test_browser_runs_no_script_but_the_pages_own(browser: Any, page: str, tmp_path: Path) -> None:
+    injected = "<script>document.title = 'hacked'</script><img src=x onerror=\"document.title = 'hacked'\"></main>"
+    tab = Tab(browser, page.replace("</main>", injected), tmp_path)
+    assert tab.page.get_attribute("html", "data-charts") == "ready"
+    assert tab.page.title() == "digits: what helps?"
+    assert sum("Content Security Policy" in words for words in tab.said) >= 2
 
 
 def test_browser_without_decompression_says_so(browser: Any, page: str, tmp_path: Path) -> None:
