@@ -75,7 +75,8 @@ def html(study: Study, store_dir: str | Path) -> str:
         pictures=list(pictures(study, Path(store_dir))),
         environment=environment(study),
         control=table.CONTROL,
-        again=[(arm, *again(arm, study)) for arm in table.ranked(study)],
+        again=[(arm, again(arm, study)) for arm in table.ranked(study)],
+        kinds=table.kinds,
         css=_source("report.css"),
         js=_source("report.js"),
         scripts=[_fingerprint(_source("report.js")), _fingerprint(get_plotlyjs())],
@@ -152,11 +153,9 @@ def glance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(verdict, arms) for verdict, arms in found.items() if arms]
 
 
-def again(arm: Arm, study: Study) -> tuple[str, str, RunRecord | None]:
-    """How to repeat an arm's first run at equal steps, its first at equal time, and the former."""
-    first = [(found[0] if found else None) for found in (arm.runs, arm.equal_time)]
-    steps, time = (command(run, study.source) if run else "" for run in first)
-    return steps, time, first[0]
+def again(arm: Arm, study: Study) -> list[tuple[str, RunRecord, str]]:
+    """The first of each kind of an arm's runs, and how to repeat it."""
+    return [(kind, runs[0], line) for kind, runs in table.kinds(arm) if (line := command(runs[0], study.source))]
 
 
 def settings(values: Mapping[str, Any]) -> str:
@@ -186,16 +185,23 @@ def costs(arm: Arm, study: Study) -> dict[str, str]:
         found = table.cost(arm, of)
         return "–" if found is None else grouped(found * scale)
 
+    prepared = any(_preparation(run) for other in study.arms for run in other.runs)
     return {
         "seconds": value(lambda run: run.seconds),
         "× baseline": table.cost_ratio(arm, study, lambda run: run.seconds),
         "CPU seconds": value(lambda run: run.cpu_seconds),
+        **({"preparation": value(_preparation)} if prepared else {}),
         "ms per step": value(lambda run: run.seconds / run.steps if run.steps else None, 1000),
         "steps": value(lambda run: run.steps),
         "examples": value(lambda run: run.examples),
         "peak memory, MB": value(lambda run: run.peak_memory, 1e-6),
         "memory × baseline": table.cost_ratio(arm, study, lambda run: run.peak_memory),
     }
+
+
+def _preparation(run: RunRecord) -> float:
+    """CPU seconds before the first step, where they were measured."""
+    return getattr(run, "preparation_seconds", 0.0)
 
 
 def environment(study: Study) -> dict[str, str]:
@@ -249,6 +255,7 @@ def _smaller(image: Image.Image) -> bytes:
 def markdown(study: Study) -> str:
     """Verdicts, table, settings and how to repeat them, for a note or a pull request."""
     rows = [table.cells(arm, study) for arm in table.ranked(study)]
+    lines = [line for arm in table.ranked(study) for _, _, line in again(arm, study)[:1]]
     chosen = [[arm.name, settings(arm.hyper)] for arm in table.ranked(study) if arm.name != table.CONTROL]
     parts = [
         f"# {_plain(study.recipe)}: {_plain(headline(study))}",
@@ -258,7 +265,7 @@ def markdown(study: Study) -> str:
         f"{len(study.seeds)} paired seeds. Settings after tuning:",
         _pipes(["arm", "settings"], chosen),
         "The study again, and the first run of each row:" if study.command or study.source else "",
-        _code("\n".join(filter(None, [study.command, *(again(arm, study)[0] for arm in table.ranked(study))]))),
+        _code("\n".join(filter(None, [study.command, *lines]))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -278,7 +285,8 @@ def _code(text: str) -> str:
 
 
 def _runs(study: Study) -> Iterator[tuple[Arm, RunRecord]]:
-    return ((arm, run) for arm in study.arms for run in (*arm.trials, *arm.runs, *arm.equal_time))
+    for arm in study.arms:
+        yield from ((arm, run) for runs in (arm.trials, *dict(table.kinds(arm)).values()) for run in runs)
 
 
 def csv(study: Study) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import csv
 import gzip
 import io
@@ -181,7 +182,9 @@ def test_each_row_has_its_command_and_what_it_gives(usual: Study, page: str) -> 
         steps = command(arm.runs[0], "digits")
         scores = ", ".join(f"test {name} {table.number(value)}" for name, value in arm.runs[0].test.items())
         assert f"{arm.name} {scores} {steps}" in text
-    assert text.count("at equal time steep fit digits --method") == 4
+        timed = (arm.equal_time or arm.runs)[0]
+        scores = ", ".join(f"test {name} {table.number(value)}" for name, value in timed.test.items())
+        assert not arm.equal_time or f" equal time, {scores} {command(timed, 'digits')}" in text
 
 
 def test_recipe_made_in_memory_is_said_to_have_no_command(tmp_path: Path) -> None:
@@ -339,6 +342,73 @@ def test_pictures_outside_the_store_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     assert report.picture(tmp_path / "store", "../drawn.png") is None
     assert report.picture(tmp_path, "drawn.png") is not None
+
+
+# What some studies have more of -------------------------------------------------------------------------------------
+
+
+def having(thing: Any, **more: Any) -> Any:
+    """A copy with further attributes, whether or not its class knows them yet."""
+    twin = copy.copy(thing)
+    for name, value in more.items():
+        object.__setattr__(twin, name, value)
+    return twin
+
+
+@pytest.fixture(scope="module")
+def rich() -> Study:
+    """A study with runs at equal examples, races to the target judged as a family, preparation, and two looks."""
+    study = make_study({"sven": {"level": 0.6}, "same": {}})
+    base, sven, same, control = study.arms
+    race = statistics.compare([1.0] * 8, [2.0] * 8, score="seconds to target", higher_is_better=False, relative=False)
+    examples = [record("sven", s, level=1.5) for s in range(8)]
+    sven = having(
+        replace(sven, runs=[having(run, preparation_seconds=1.25) for run in sven.runs]),
+        equal_examples=[replace(run, role="equal-examples", key=f"{run.key}-e") for run in examples],
+        scores_at_equal_examples=compared(examples, base.runs),
+        to_target={"seconds": replace(race, p_holm=0.123), "steps": replace(race, p_holm=0.045, won=7)},
+    )
+    looks = [{"pairs": 4, "made": True}, {"pairs": 8, "made": True}, {"pairs": 16, "made": False}]
+    return having(replace(study, arms=[base, sven, same, control]), looks=looks)
+
+
+def test_equal_examples_are_shown_where_they_take_other_runs(rich: Study, usual: Study) -> None:
+    assert [table.cells(arm, rich)["equal examples"] for arm in rich.arms] == ["", "hurts", "", ""]
+    assert "equal examples" not in table.cells(usual.arms[1], usual)
+    strips = {row["name"]: [strip["when"] for strip in row["strips"]] for row in figures.forest(rich)["rows"]}
+    assert strips["sven"] == ["equal steps", "equal time", "equal examples"]
+    assert strips["same"] == ["equal steps", "equal time"]
+    own = [run.curve[-1]["loss"] for run in dict(table.kinds(rich.arms[1]))["equal examples"]]
+    assert series(rich, "sven", x="examples")["mid"][-1] == pytest.approx(np.median(own), rel=1e-4)
+
+
+def test_times_to_target_judged_as_a_family_are_taken_as_they_are(rich: Study, usual: Study) -> None:
+    rows = {row["name"]: row for row in figures.times_to_target(rich)["rows"]}
+    assert (rows["sven"]["sooner"], rows["sven"]["fewer"]) == ("8 of 8 (p = 0.12)", "7 of 8 (p = 0.045)")
+    assert rows["same"]["fewer"] == rows["baseline"]["sooner"] == ""
+    assert figures.times_to_target(usual)["steps"] is False
+
+
+def test_arms_that_ended_early_race_on_their_own_seeds() -> None:
+    study = make_study({"sven": {}}, seeds=8)
+    sven = replace(study.arms[1], time_to_target=[1.0, 1.5, None])
+    rows = figures.times_to_target(replace(study, arms=[study.arms[0], sven]))["rows"]
+    assert rows[1]["sooner"].startswith("2 of 3 ")
+
+
+def test_page_shows_what_a_study_has_more_of(rich: Study, page: str, tmp_path: Path) -> None:
+    text, lines = text_of(report.html(rich, tmp_path)), report.csv(rich)
+    for words in (
+        "in fewer steps",
+        "after Holm’s adjustment over the methods",
+        "Verdicts were read after 4 and 8 pairs of seeds, of 16 planned",
+        "preparation",
+        "1.25",
+        "equal examples, test loss",
+    ):
+        assert words in text, words
+    assert not any(words in text_of(page) for words in ("in fewer steps", "Verdicts were read after", "1.25"))
+    assert lines.count(",equal-examples,") == 8
 
 
 # Incomplete studies -------------------------------------------------------------------------------------------------
