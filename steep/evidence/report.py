@@ -147,10 +147,18 @@ def glance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
     """Per verdict, the methods that have it, from best to worst, each with its change in a word."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in ORDER}
     for arm in table.methods(study):
-        c = arm.scores.get(study.primary)
-        change = table.compact(c, study.metrics[c.score]).partition(" [")[0] if c and not arm.did_nothing else ""
-        found[_verdict(arm, study)].append((arm.name, change))
+        found[_verdict(arm, study)].append((arm.name, _change(arm, study)))
     return [(verdict, arms) for verdict, arms in found.items() if arms]
+
+
+def _change(arm: Arm, study: Study) -> str:
+    """An arm's change, and what is judged otherwise than at equal steps: "−41 % (equal time: no evidence)"."""
+    found = table.comparisons(arm, study.primary)
+    c = found.pop("equal steps", None)
+    if c is None or arm.did_nothing:
+        return ""
+    other = ", ".join(f"{kind}: {o.verdict}" for kind, o in found.items() if o.verdict != c.verdict)
+    return table.compact(c, study.metrics[c.score]).partition(" [")[0] + (f" ({other})" if other else "")
 
 
 def again(arm: Arm, study: Study) -> list[tuple[str, RunRecord, str]]:
@@ -190,7 +198,7 @@ def costs(arm: Arm, study: Study) -> dict[str, str]:
         "seconds": value(lambda run: run.seconds),
         "× baseline": table.cost_ratio(arm, study, lambda run: run.seconds),
         "CPU seconds": value(lambda run: run.cpu_seconds),
-        **({"preparation": value(_preparation)} if prepared else {}),
+        **({"preparation, CPU s": value(_preparation)} if prepared else {}),
         "ms per step": value(lambda run: run.seconds / run.steps if run.steps else None, 1000),
         "steps": value(lambda run: run.steps),
         "examples": value(lambda run: run.examples),

@@ -171,6 +171,22 @@ def test_page_says_first_what_won_and_what_each_method_came_to(usual: Study, pag
     assert 'class="helps"><dt class="badge">helps' in page
 
 
+def test_glance_says_where_equal_time_or_examples_differ(rich: Study) -> None:
+    study = make_study({"sven": {"level": 0.6}})
+    timed = {"loss": replace(study.arms[1].scores["loss"], verdict="hurts")}
+    study = replace(study, arms=[study.arms[0], replace(study.arms[1], scores_at_equal_time=timed), study.arms[2]])
+    assert report.glance(study)[0][1][0][1].endswith(" % (equal time: hurts)")
+    assert report.glance(rich)[0][1][0][1].endswith(" % (equal examples: hurts)")
+
+
+def test_a_control_that_is_not_null_raises_an_alarm(tmp_path: Path) -> None:
+    study = make_study({"sven": {}})
+    for verdict, alarmed in (("hurts", True), ("no evidence", False)):
+        control = replace(study.arms[2], scores={"loss": replace(study.arms[2].scores["loss"], verdict=verdict)})
+        page = report.html(replace(study, arms=[*study.arms[:2], control]), tmp_path)
+        assert ('<div class="control alarm"><dt class="badge">A/A control' in page) is alarmed
+
+
 def test_nothing_is_praised_where_nothing_helps() -> None:
     assert report.best(make_study({"same": {}})) is None
     assert report.best(make_study({"sven": {"level": 0.5}}, seeds=3)) is None
