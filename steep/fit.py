@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 
 from steep import checkpoint as checkpoints
@@ -16,6 +17,7 @@ from steep.measure import PeakMemory
 from steep.randomness import stream_seed
 from steep.recipe import Recipe
 from steep.saver import Saver
+from steep.tracking import Log, as_log, logged
 from steep.training import History, NonFinite, Training, accelerator
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
@@ -55,6 +57,7 @@ def fit(
     evaluate_every: int | None = None,
     save_every: float = 0.0,
     progress: bool | None = None,
+    log: str | GeneralTracker | Log | None = None,
 ) -> Result:
     """Run a recipe.
 
@@ -72,6 +75,7 @@ def fit(
         evaluate_every: steps between evaluations; by default 25 evaluations over the training.
         save_every: seconds between checkpoints, at least; by default one at every evaluation.
         progress: show a progress bar; by default on a terminal.
+        log: "tensorboard", "wandb", "mlflow" or another of Accelerate's trackers; a `Log` also says where.
 
     Raises:
         NonFinite: a loss was NaN or infinite; names the step, the examples and the last good checkpoint.
@@ -87,7 +91,8 @@ def fit(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
-    hardware = accelerator(device, precision)
+    log = as_log(log)
+    hardware = accelerator(device, precision, log)
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(seed, "model"))
         memory = PeakMemory(hardware.device)
@@ -97,14 +102,14 @@ def fit(
         if path is not None and path.exists():
             training.load_state_dict(checkpoints.load(path), path)
         saver = Saver(training, path, save_every)
-        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress)
+        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress, log)
         return _result(training, memory)
 
 
-def _train(training: Training, saver: Saver, every: int | None, progress: bool) -> None:
+def _train(training: Training, saver: Saver, every: int | None, progress: bool, log: Log | None) -> None:
     """Step until the budget ends, evaluating, saving and minding Ctrl-C on the way."""
     every = every or _interval(training.run.horizon, training.run.steps_per_epoch)
-    with interrupts() as interrupted, bar(training, progress) as show:
+    with interrupts() as interrupted, bar(training, progress) as shown, logged(training, log, shown) as show:
         training.stopwatch.start()
         while not training.finished():
             try:

@@ -23,6 +23,7 @@ from steep.needs import Facts, check_losses, check_needs
 from steep.randomness import Stream, generator
 from steep.recipe import Recipe, Run
 from steep.scoring import evaluating, score
+from steep.tracking import Log
 
 
 @dataclass
@@ -41,14 +42,14 @@ class RunError(RuntimeError):
     """A training of a comparison raised; the message names the arm, the seed and the place."""
 
 
-def accelerator(device: str | None, precision: str) -> Accelerator:
+def accelerator(device: str | None, precision: str, log: Log | None = None) -> Accelerator:
     """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
     if precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"precision={precision!r} must be 'no', 'bf16' or 'fp16'")
     if device not in (None, "cpu"):
         raise ValueError(f"device={device!r} must be None (the accelerator, if there is one) or 'cpu'")
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    found = Accelerator(cpu=device == "cpu", mixed_precision=precision, **(log.accelerate() if log else {}))
     if found.num_processes > 1:
         raise ValueError(f"fit runs in one process, not in {found.num_processes}: start it without a launcher")
     return found
