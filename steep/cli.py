@@ -195,6 +195,9 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="paired confirmation seeds (8)")] = None,
     trials: Annotated[int | None, typer.Option(help="tuning trials per arm (8)")] = None,
     workers: Annotated[int | None, typer.Option(help="processes of one thread each (number of cores)")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="look at a quarter, half and all of 16 seeds; decided arms stop")
+    ] = False,
     score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
     out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
     log: Log = None,
@@ -213,6 +216,7 @@ def compare(
         workers=workers,
         out=out_,
         score=score,
+        sequential=sequential,
         command=shlex.join(["steep", *sys.argv[1:]]),
         log=log,
     )

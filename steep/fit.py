@@ -28,8 +28,8 @@ class Result:
     """A finished training.
 
     `val` and `test` map "loss" and the metric's name to their final values. `seconds` and `cpu_seconds` are of
-    training alone, `other_seconds` (CPU) of evaluating and saving. `peak_memory` is in bytes, `None` where it cannot
-    be known. `horizon` is the number of steps the budget stood for, or `None`.
+    training alone, `preparation_seconds` (CPU) of building its parts, `other_seconds` (CPU) of evaluating and saving.
+    `peak_memory` is in bytes, `None` where it cannot be known; `horizon` the steps the budget stood for, or `None`.
     """
 
     model: nn.Module
@@ -40,6 +40,7 @@ class Result:
     examples: int
     seconds: float
     cpu_seconds: float
+    preparation_seconds: float
     other_seconds: float
     peak_memory: int | None
     horizon: int | None
@@ -108,7 +109,8 @@ def fit(
 
 def _train(training: Training, saver: Saver, every: int | None, progress: bool, log: Log | None) -> None:
     """Step until the budget ends, evaluating, saving and minding Ctrl-C on the way."""
-    every = every or _interval(training.run.horizon, training.run.steps_per_epoch)
+    horizon = training.run.horizon
+    every = every or (max(1, horizon // EVALUATIONS) if horizon else training.run.steps_per_epoch)
     with interrupts() as interrupted, bar(training, progress) as shown, logged(training, log, shown) as show:
         training.stopwatch.start()
         while not training.finished():
@@ -126,10 +128,6 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool, 
         saver.save()
 
 
-def _interval(horizon: int | None, steps_per_epoch: int) -> int:
-    return max(1, horizon // EVALUATIONS) if horizon else steps_per_epoch
-
-
 def _result(training: Training, memory: PeakMemory) -> Result:
     data, last = training.run.data, training.history.evaluations[-1]
     val = {key: value for key, value in last.items() if key not in ("step", "examples", "seconds", "cpu_seconds")}
@@ -144,6 +142,7 @@ def _result(training: Training, memory: PeakMemory) -> Result:
         examples=training.examples,
         seconds=seconds,
         cpu_seconds=cpu_seconds,
+        preparation_seconds=training.preparation_seconds,
         other_seconds=training.stopwatch.paused,
         peak_memory=memory.read(),
         horizon=training.run.horizon,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -59,6 +60,7 @@ class Training:
     """Everything one run is made of: built in the order data, model, loss, rule, optimizer, scheduler, rounds."""
 
     def __init__(self, recipe: Recipe, seed: int, split_seed: int, accelerator: Accelerator, accumulate: int = 1):
+        started = time.process_time()
         self.recipe, self.accelerator, self.accumulate = recipe, accelerator, accumulate
         self.device = accelerator.device
         data = recipe.data(generator(split_seed, "split"))
@@ -89,6 +91,7 @@ class Training:
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
         self.needs_closure = "closure" in self.needs["optimizer"] or requires_closure(plain)
         self.rule_wants_closure = "closure" in self.needs["rule"]
+        self.preparation_seconds = time.process_time() - started
         self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
     def _rounds(self, seed: int) -> Iterator[Tensor | float]:

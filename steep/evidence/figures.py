@@ -185,7 +185,7 @@ def _times(arm: Arm, study: Study, axis: Axis) -> dict[str, Any]:
 
 def _raced(arm: Arm) -> Mapping[str, Comparison]:
     """Steps and seconds to target against the baseline's, methods judged as a family, where the study holds them."""
-    return getattr(arm, "to_target", {})
+    return arm.to_target
 
 
 def _sooner(c: Comparison | None) -> str:

@@ -169,7 +169,10 @@ def job_log(job: Job, to: str, store: Store, key: str) -> Log:
 
 
 def _finished(trained: Result, recipe: Recipe, store: Store, key: str) -> dict[str, Any]:
-    costs = {k: getattr(trained, k) for k in ("steps", "examples", "seconds", "cpu_seconds", "peak_memory")}
+    costs = {
+        k: getattr(trained, k)
+        for k in ("steps", "examples", "seconds", "cpu_seconds", "preparation_seconds", "peak_memory")
+    }
     return costs | {
         "outcome": "finished",
         "curve": trained.history.evaluations,

@@ -209,7 +209,7 @@ def costs(arm: Arm, study: Study) -> dict[str, str]:
 
 def _preparation(run: RunRecord) -> float:
     """CPU seconds before the first step, where they were measured."""
-    return getattr(run, "preparation_seconds", 0.0)
+    return run.preparation_seconds
 
 
 def environment(study: Study) -> dict[str, str]:

@@ -154,14 +154,13 @@ def cost_ratio(arm: Arm, study: Study, of: Callable[[RunRecord], float | None]) 
 
 def kinds(arm: Arm) -> list[tuple[str, Sequence[RunRecord]]]:
     """An arm's confirmation runs, by what they have as much of as the baseline; kinds without runs are left out."""
-    found = [("equal steps", arm.runs), ("equal time", arm.equal_time)]
-    found.append(("equal examples", getattr(arm, "equal_examples", ())))
+    found = [("equal steps", arm.runs), ("equal time", arm.equal_time), ("equal examples", arm.equal_examples)]
     return [(kind, runs) for kind, runs in found if runs]
 
 
 def comparisons(arm: Arm, score: str) -> dict[str, Comparison]:
     """An arm's comparisons of a score, by kind; at equal examples only where that took other runs than equal steps."""
-    examples = getattr(arm, "scores_at_equal_examples", {}) if getattr(arm, "equal_examples", ()) else {}
+    examples = arm.scores_at_equal_examples if arm.equal_examples else {}
     by_kind = {"equal steps": arm.scores, "equal time": arm.scores_at_equal_time, "equal examples": examples}
     return {kind: scores[score] for kind, scores in by_kind.items() if score in scores}
 
