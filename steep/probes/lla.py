@@ -7,13 +7,14 @@ spectrum, of which two numbers tell how well the model fits the data it is looke
     spectrum      nodes λ_i and weights w_i of the Hessian's density, by Lanczos from random signs, for each run
     criteria      r_e = |λ_min / λ_max|,    K_h^n = sum_{λ<0} |λ w|^n / sum_{λ>0} (λ w)^n,    means over the runs
 
-Gabdullin: Investigating generalization capabilities of neural networks by means of loss landscapes and Hessian analysis
+Gabdullin: Investigating generalization capabilities of neural networks by means of loss landscapes and Hessian
+analysis
 (arXiv 2412.10146); n = 0.5, 100 Lanczos steps, one run and a width of 1 are the defaults of its code. Both criteria grow
 where the accuracy falls, as long as the spectrum is mainly positive (arXiv 2504.17618). Filter normalisation and
 trajectories: Li et al. (arXiv 1712.09913).
 
 What differs, and why:
-- Eigenvectors come from Lanczos with a full basis, not from power iteration, which needs many more products and does not
+- Eigenvectors come from Lanczos with a full basis, not from power iteration, which needs more products and does not
   separate eigenvalues λ and -λ. All vectors are kept orthogonal; the authors' code keeps ten, and finds ghosts.
 - 41 points instead of 40 on each axis, so that the model itself is one of them.
 - Random directions are normal (Li et al.), where the authors' code draws from [0, 1): `distribution` has both.
