@@ -3,22 +3,25 @@ short or long answers, right or wrong ones, each example by itself and without t
 
 For each example with loss L, layer l and matrix W of the kinds q, k, v, o, with σ the singular values of G = ∂L/∂W:
 
-    nuclear  s_l = sum σ          frobenius = |G|          largest = σ_1          ratio r_l = σ_1 / sum σ, in [1/rank, 1]
+    nuclear  s_l = sum σ          frobenius = |G|          largest = σ_1        ratio r_l = σ_1 / sum σ,  in [1/rank, 1]
     per_loss = s_l / L            mean, max, min of the entries of G
     layer difference  MAD = mean_l |s_{l+1} - s_l|        relative difference  RD = mean_l |s^A_l - s^B_l| / |s^A_l|
 
-Curves s_l are means over the examples. L is the mean cross-entropy over the tokens of the response (`response_loss`); G is
-a sum over positions, so that its rank is at most the number of positions that the loss reaches.
+Curves s_l are means over the examples. L is the mean cross-entropy over the tokens of the response (`response_loss`).
+G is a sum over positions, so that its rank is at most the number of positions that the loss reaches.
 
-Li, Li and Zhou: What Happened in LLMs Layers when Trained for Fast vs. Slow Thinking: A Gradient Perspective (arXiv
-2410.23743). Thirds of the depth as in the paper for 26, 28, 32 and 42 layers (`stages`), equal ones otherwise.
+Li, Li and Zhou: What Happened in LLMs Layers when Trained for Fast vs. Slow Thinking: A Gradient Perspective
+(arXiv 2410.23743). Its parts of the depth for 26, 28, 32 and 42 layers are in `stages`; others are equal thirds.
 
 What differs, and why:
 - Examples with a gradient that is not finite count in no curve, as in the paper; here `used` says how many are left.
-- The prompt's end is found by character offsets in one encoding of the whole text (`response_start`). The authors encode
-  the prompt once more by itself, which tokenizers may divide differently at its end.
-- The mean over tokens alone makes gradients of long responses smaller. Compare `per_loss` too, and a response of equal
-  length that is easy to predict.
+- The prompt's end is found by character offsets in one encoding of the whole text (`response_start`). The authors
+  encode the prompt once more by itself, which tokenizers may divide differently at its end.
+
+Mind that the mean over tokens alone makes gradients of long responses smaller: compare `per_loss` too, and a response
+of equal length that is easy to predict.
+
+Unsure: how the paper's MAD of a part treats the step into it; `layer_difference` of a slice leaves it out.
 """
 
 from __future__ import annotations
@@ -92,8 +95,8 @@ SINGLE = {
 def attention_projections(model: nn.Module) -> dict[str, list[Projection]]:
     """Query, key, value and output matrices by the usual names, in the order of the layers.
 
-    Knows Llama, Qwen, Gemma, Mistral, OPT, BERT, DistilBERT, GPT-2, timm's ViTs, `nn.MultiheadAttention` and the tasks of
-    steep. Where several query heads share keys and values, those matrices are smaller: compare within a kind.
+    Knows Llama, Qwen, Gemma, Mistral, OPT, BERT, DistilBERT, GPT-2, timm's ViTs, `nn.MultiheadAttention` and the tasks
+    of steep. Where several query heads share keys and values, those matrices are smaller: compare within a kind.
 
     Raises:
         ValueError: no kind was found, or kinds with different numbers of layers.
@@ -185,31 +188,41 @@ def layer_gradients(
         tensor([1., 1.], dtype=torch.float64)
     """
     chosen = _matching(model, groups)
-    named = dict(model.named_parameters())
-    params = {p.parameter: named[p.parameter] for projections in chosen.values() for p in projections}
-    frozen = [name for name, p in params.items() if not p.requires_grad]
-    if frozen:
-        raise ValueError(f"frozen parameters have no gradient, but {', '.join(frozen[:3])} are: requires_grad_() them")
+    params = _params(model, chosen)
     rows, losses = [], []
     with evaluating(model), torch.enable_grad():
         for example in examples:
-            value = loss(model, example)
-            if value.ndim or not value.requires_grad:
-                what = f"shape {tuple(value.shape)}" if value.ndim else "a number that depends on no parameter"
-                raise ValueError(f"loss must return a number that the model computed, got {what}")
-            grads = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
-            by_name = dict(zip(params, grads, strict=True))
-            losses.append(float(value))
-            rows.append(
-                {
-                    k: torch.stack([_statistics(p.of(by_name[p.parameter]), losses[-1]) for p in v])
-                    for k, v in chosen.items()
-                }
+            value = _checked(loss(model, example))
+            grads = dict(
+                zip(params, torch.autograd.grad(value, list(params.values()), materialize_grads=True), strict=True)
             )
+            losses.append(value.item())
+            rows.append({kind: _table(found, grads, value.item()) for kind, found in chosen.items()})
     require("number of examples", len(rows), len(rows) > 0, "positive")
     tables = {kind: torch.stack([row[kind] for row in rows]) for kind in chosen}
     values = {name: {kind: t[..., i] for kind, t in tables.items()} for i, name in enumerate(STATISTICS)}
     return LayerGradients(values, torch.tensor(losses, dtype=torch.float64))
+
+
+def _params(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    params: dict[str, Tensor] = {p.parameter: named[p.parameter] for found in groups.values() for p in found}
+    frozen = [name for name, p in params.items() if not p.requires_grad]
+    if frozen:
+        raise ValueError(f"frozen parameters have no gradient, but {', '.join(frozen[:3])} are: requires_grad_() them")
+    return params
+
+
+def _checked(value: Tensor) -> Tensor:
+    if value.ndim or not value.requires_grad:
+        what = f"shape {tuple(value.shape)}" if value.ndim else "a number that depends on no parameter"
+        raise ValueError(f"loss must return a number that the model computed, got {what}")
+    return value
+
+
+def _table(projections: Sequence[Projection], grads: Mapping[str, Tensor], loss: float) -> Tensor:
+    """(layers, statistics)."""
+    return torch.stack([_statistics(p.of(grads[p.parameter]), loss) for p in projections])
 
 
 def _statistics(gradient: Tensor, loss: float) -> Tensor:
@@ -277,7 +290,7 @@ def response_loss(model: nn.Module, example: tuple[Tensor, int]) -> Tensor:
 
     Args:
         model: from tokens (1, T) to logits (1, T, V), or to an object with `logits`.
-        example: tokens of prompt and response, (T,), and the number of those that are the prompt (see `response_start`).
+        example: tokens of prompt and response, (T,), and how many of them are the prompt (see `response_start`).
 
     Raises:
         ValueError: no prompt or no response.
@@ -297,7 +310,8 @@ def response_start(offsets: Sequence[tuple[int, int]], characters: int) -> int:
     A token that holds the prompt's last and the response's first characters counts to the prompt.
 
     Args:
-        offsets: first and past-the-end character of each token (a tokenizer's `offset_mapping`); special tokens are empty.
+        offsets: first character of each token and the one after its last (a tokenizer's `offset_mapping`); special
+            tokens have none.
         characters: length of the prompt.
 
     Raises:
@@ -323,5 +337,5 @@ card = Card(
     ),
     changes="probes",
     make=layer_gradients,
-    formula="s_l = nuclear norm of dL/dW_l;  r_l = sigma_1 / s_l;  MAD = mean |s_{l+1} - s_l|;  RD = mean |s^A - s^B| / |s^A|",
+    formula="s_l = nuclear norm of dL/dW_l;  r_l = sigma_1 / s_l;  MAD = mean |s_{l+1} - s_l|;  RD = mean |s - s'| / |s|",
 )

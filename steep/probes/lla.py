@@ -8,10 +8,9 @@ spectrum, of which two numbers tell how well the model fits the data it is looke
     criteria      r_e = |λ_min / λ_max|,    K_h^n = sum_{λ<0} |λ w|^n / sum_{λ>0} (λ w)^n,    means over the runs
 
 Gabdullin: Investigating generalization capabilities of neural networks by means of loss landscapes and Hessian
-analysis
-(arXiv 2412.10146); n = 0.5, 100 Lanczos steps, one run and a width of 1 are the defaults of its code. Both criteria grow
-where the accuracy falls, as long as the spectrum is mainly positive (arXiv 2504.17618). Filter normalisation and
-trajectories: Li et al. (arXiv 1712.09913).
+analysis (arXiv 2412.10146); n = 0.5, 100 Lanczos steps, one run and a width of 1 are the defaults of its code. Both
+criteria grow where the accuracy falls, as long as the spectrum is mainly positive (arXiv 2504.17618). Filter
+normalisation and trajectories: Li et al. (arXiv 1712.09913).
 
 What differs, and why:
 - Eigenvectors come from Lanczos with a full basis, not from power iteration, which needs more products and does not
