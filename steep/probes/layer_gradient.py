@@ -337,5 +337,5 @@ card = Card(
     ),
     changes="probes",
     make=layer_gradients,
-    formula="s_l = nuclear norm of dL/dW_l;  r_l = sigma_1 / s_l;  MAD = mean |s_{l+1} - s_l|;  RD = mean |s - s'| / |s|",
+    formula="s_l = nuclear norm of dL/dW_l;  r_l = sigma_1 / s_l;  MAD = mean |s_{l+1} - s_l|;  RD = mean |s-s'| / |s|",
 )

@@ -33,6 +33,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from steep.card import Card, Paper
 from steep.per_example import PerExample
@@ -137,13 +138,14 @@ def kernel_product(model: nn.Module, x: Tensor, x2: Tensor | None = None) -> Cal
         a function from v, shaped as the outputs at `x2`, to the shape of the outputs at `x`.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.enable_grad():
+    # fused attention has no second derivative
+    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         here, there = model(x), model(x if x2 is None else x2)
         u = torch.zeros_like(here, requires_grad=True)  # Jᵀ u is linear in u: its derivative by u, times w, is J w
         pulled = torch.autograd.grad(here, params, u, create_graph=True, materialize_grads=True)
 
     def product(v: Tensor) -> Tensor:
-        w = torch.autograd.grad(there, params, v.to(there), retain_graph=True, materialize_grads=True)
+        w = torch.autograd.grad(there, params, v.to(there).view_as(there), retain_graph=True, materialize_grads=True)
         return torch.autograd.grad(pulled, u, w, retain_graph=True)[0]
 
     return product
