@@ -32,10 +32,15 @@ sphinx_gallery_conf = {
 nitpicky = False
 
 
-def reference(made):
-    """The directive that documents a class or a function."""
-    name = f"{made.__module__}.{made.__qualname__}"
-    return f".. autoclass:: {name}\n   :members:" if isinstance(made, type) else f".. autofunction:: {name}"
+def reference(card):
+    """The directives that document what `make` makes, and whatever else its file names in ``__all__``."""
+    module, own = sys.modules[card.make.__module__], card.make.__name__
+    return "\n\n".join(
+        f".. autoclass:: {module.__name__}.{name}\n   :members:"
+        if isinstance(getattr(module, name), type)
+        else f".. autofunction:: {module.__name__}.{name}"
+        for name in dict.fromkeys((own, *getattr(module, "__all__", ())))
+    )
 
 
 def method_page(card):
@@ -53,7 +58,7 @@ def method_page(card):
         f"## In detail\n\n```text\n{doc}\n```",
         f"## Hyper-parameters\n\n| name | default |\n|---|---|\n{rows}" if rows else "",
         f"## Needs\n\n{needs}" if needs else "",
-        f"## Reference\n\n```{{eval-rst}}\n{reference(card.make)}\n```",
+        f"## Reference\n\n```{{eval-rst}}\n{reference(card)}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
