@@ -59,7 +59,7 @@ def experiment(lab):
 claim = Claim(
     id="diffgrad",
     statement="Reaches better minima of non-convex functions than Adam, and classifies images better.",
-    source="section IV (three 1-D functions); section V, tables on CIFAR-10 and CIFAR-100 (a gain, its size varies)",
+    source="three 1-D functions; tables of CIFAR-10 and CIFAR-100 (a gain, its size varies with the activation)",
     paper_scale="Three 1-D functions; ResNet-50 on CIFAR-10 and CIFAR-100",
     our_scale="The functions; a CNN of 24 thousand weights on 1797 digits, 12 epochs, 8 paired seeds, all arms tuned",
     quantities=(

@@ -28,10 +28,10 @@ def experiment(lab):
 claim = Claim(
     id="efficienttrain",
     statement="Training visual networks costs 1.5 times less, without loss of accuracy.",
-    source="abstract; section 4, ImageNet-1K (cost follows the curriculum: 1 / (0.6 (5/7)² + 0.2 (6/7)² + 0.2) = 1.53)",
+    source="abstract; ImageNet-1K (cost follows the curriculum: 1 / (0.6 (5/7)² + 0.2 (6/7)² + 0.2) = 1.53)",
     paper_scale="ResNet, ConvNeXt, DeiT, Swin and others on ImageNet, 300 epochs, 224 pixels",
-    our_scale="A CNN of 25 thousand weights on 8000 images of MNIST, 5 epochs at 20, 20, 20, 24 and 28 pixels, 6 paired "
-    "seeds, no augmentation and the same untuned settings in both arms",
+    our_scale="A CNN of 25 thousand weights on 8000 images of MNIST, 5 epochs at 20, 20, 20, 24 and 28 pixels, 6 "
+    "paired seeds, no augmentation and the same untuned settings in both arms",
     quantities=(
         Quantity("CPU seconds of training", better="lower", size=1.53),
         Quantity("test accuracy", better="higher", scale="difference", null=-0.003, size=0.0),

@@ -17,7 +17,7 @@ def experiment(lab):
 claim = Claim(
     id="fedspeed",
     statement="Converges in fewer rounds than FedAvg and generalises better, above all for long local runs.",
-    source="abstract; section 5, table of CIFAR-10 and CIFAR-100 with Dirichlet clients (a gain; its size varies)",
+    source="abstract; tables of CIFAR-10 and CIFAR-100 with Dirichlet clients (a gain; its size varies)",
     paper_scale="ResNet-18 on CIFAR-10, CIFAR-100 and TinyImageNet, 100 and 500 clients, 1500 rounds",
     our_scale="MLP 64-32-10 on digits, 20 clients (Dirichlet 0.1), 5 a round, 30 rounds of 20 local steps, 8 paired "
     "seeds, all arms tuned",

@@ -35,7 +35,7 @@ def experiment(lab):
 claim = Claim(
     id="nm-gradient-flow",
     statement="At high sparsity, masks that decay train better than SR-STE: up to 2 % on ImageNet, up to 5 % on GLUE.",
-    source="abstract; section 4, tables of ViT-Base, SwinV2-Base and T5X-Base",
+    source="abstract; tables of ViT-Base, SwinV2-Base and T5X-Base",
     paper_scale="ViT-Base and SwinV2-Base on ImageNet, T5X-Base on GLUE",
     our_scale="A transformer of 2 layers and width 64 on Python's help texts, feed-forward layers sparse, 300 steps, "
     "8 paired seeds, the same untuned settings in both arms",

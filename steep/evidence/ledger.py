@@ -2,7 +2,7 @@
 
 An entry keeps every measured value; the verdict is recomputed from them whenever it is read, so that the rule and the
 entries cannot disagree. Its fingerprint is of the claim's file, the method's file, the tasks and methods it names, and
-everything of steep that these import, docstrings and comments not counting.
+everything of steep that these import; docstrings, comments and a claim's texts do not count.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ ONLY_SHOW_OR_KEEP = {  # what these do changes no measured value
     *(ROOT / "evidence" / f"{name}.py" for name in ("figures", "ledger", "pool", "progress", "report", "store")),
     *(ROOT / "evidence" / f"{name}.py" for name in ("table", "verdicts")),
 }
+TEXTS = frozenset({"statement", "source", "paper_scale", "our_scale", "reason"})  # of a claim: measured by nothing
 State = Literal["current", "stale", "never run"]
 
 
@@ -87,8 +88,8 @@ def fingerprint(claim: Claim, path: Path) -> str:
     makers: dict[str, Callable[..., Any]] = {c.id: c.make for c in cards().values()}
     makers |= {t.name: getattr(t.build, "func", t.build) for t in tasks().values()}  # build may be a partial
     used = [_file(make) for name, make in makers.items() if name in named | {claim.id}]
-    files = imported([path, *used]) - ONLY_SHOW_OR_KEEP
-    return hashed(*sorted(code_of(file) for file in files))
+    files = imported([path, *used]) - ONLY_SHOW_OR_KEEP - {path.resolve()}
+    return hashed(code_of(path, TEXTS), *sorted(code_of(file) for file in files))
 
 
 def _file(made: Callable[..., Any]) -> Path:
@@ -158,9 +159,6 @@ class Entry:
         return {"format": FORMAT, "verdict": self.verdict, **values, "quantities": [asdict(j) for j in self.quantities]}
 
 
-TOLD = ("id", "statement", "source", "paper_scale", "our_scale", "reason")
-
-
 def run(claim: Claim, path: Path, store: Path, *, workers: int = 1) -> Entry:
     """Run a claim, or go on with it, and judge what it measured."""
     code = fingerprint(claim, path)
@@ -169,7 +167,7 @@ def run(claim: Claim, path: Path, store: Path, *, workers: int = 1) -> Entry:
     began = _cpu()
     found = claim.measure(lab)
     return Entry(
-        claim={name: getattr(claim, name) for name in TOLD},
+        claim={name: getattr(claim, name) for name in sorted(TEXTS | {"id"})},
         fingerprint=code,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),

@@ -160,10 +160,12 @@ def code_version(methods: Iterable[str]) -> str:
 
 
 @cache
-def code_of(path: Path) -> str:
-    """A file's syntax tree without docstrings (comments are no part of it)."""
+def code_of(path: Path, texts: frozenset[str] = frozenset()) -> str:
+    """A file's syntax tree without docstrings and without the arguments of those names (nor comments)."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in texts]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
     return ast.dump(tree)
