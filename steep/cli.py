@@ -93,11 +93,11 @@ def _hyper_table(c: Card) -> Table:
     for column in ("hyper-parameter", "default", "tuned over"):
         table.add_column(column)
     for name, default in c.hyper.items():
-        table.add_row(name, repr(default), _range(c.space.get(name)))
+        table.add_row(name, repr(default), range_text(c.space.get(name)))
     return table
 
 
-def _range(values: Range | Choice | None) -> str:
+def range_text(values: Range | Choice | None) -> str:
     if values is None:
         return ""
     if isinstance(values, Choice):

@@ -146,7 +146,7 @@ class Lab:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def compare(
-        self, recipe: Recipe, methods: Sequence[MethodLike], *, name: str = "study", seeds: int = 8, trials: int = 4
+        self, recipe: Recipe, methods: Sequence[MethodLike], *, name: str = "study", seeds: int = 8, trials: int = 8
     ) -> Study:
         """`steep.compare`: tuned baseline and arms, paired seeds, controls. A smoke run trains 2 steps on 2 seeds."""
         if self.smoke:
@@ -193,6 +193,19 @@ def scores(
     runs = (method.equal_time or method.runs) if at_equal_time else method.runs
     rivals = (rival.equal_time or rival.runs) if at_equal_time else rival.runs
     return Pairs(finals(runs, score), finals(rivals, score), list(study.seeds))
+
+
+def errors(study: Study, arm: str, *, examples: int, against: str = BASELINE) -> Pairs:
+    """Error rates, for ratios: gains in points of accuracy do not carry over from a hard problem to an easy one.
+
+    Half an example of the `examples` tested on is added, so that a run without errors has a ratio.
+    """
+    accuracy = scores(study, arm, "accuracy", against=against)
+    method, rival = (
+        [None if value is None else 1 - value + 0.5 / examples for value in values]
+        for values in (accuracy.method, accuracy.baseline)
+    )
+    return Pairs(method, rival, accuracy.cases)
 
 
 def cpu_seconds(study: Study, arm: str, *, against: str = BASELINE) -> Pairs:

@@ -95,3 +95,19 @@ def numbers(judged: Judged) -> str:
     margin = f", no worse than {number(q, q.nothing)}" if q.null is not None else ""
     kind = "cases" if q.exact else "pairs"
     return f"{number(q, judged.gain)} [{low}, {high}], {size}{margin}; better in {judged.won} of {len(cases)} {kind}"
+
+
+def effect(judged: Judged) -> str:
+    """What was measured, whatever was claimed: "helps", "hurts" or "no evidence", from the same interval."""
+    none = float(judged.quantity.scale == "ratio")
+    if judged.low > none:
+        return "helps"
+    return "hurts" if judged.high < none else "no evidence"
+
+
+def gains(judged: Judged) -> list[float]:
+    """The gain of every case, in the unit of `number`; infinite where only one of a pair diverged."""
+    ratio = judged.quantity.scale == "ratio"
+    higher = judged.quantity.better == "higher"
+    d = differences(judged.pairs.method, judged.pairs.baseline, higher_is_better=higher, relative=ratio)
+    return [math.exp(v) if ratio else float(v) for v in d]
