@@ -41,7 +41,11 @@ def example(card):
     """The example of the docstring, or nothing."""
     doc = inspect.getdoc(card.make) or ""
     block = re.search(r"^Example:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
-    return f"```pycon\n{textwrap.dedent(block[1]).strip()}\n```" if block else ""
+    if not block:
+        return ""
+    lines, name = textwrap.dedent(block[1]).strip(), f"import {card.make.__name__}"
+    imported = "" if name in lines else f">>> from {card.make.__module__} {name}\n"
+    return f"```pycon\n{imported}{lines}\n```"
 
 
 def hyper_table(card):

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -108,7 +109,12 @@ def imported(paths: Sequence[Path]) -> set[Path]:
     return found
 
 
-def _imports(path: Path) -> Iterator[Path]:
+@cache
+def _imports(path: Path) -> tuple[Path, ...]:
+    return tuple(_imported_by(path))
+
+
+def _imported_by(path: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in getattr(node, "names", ())]
         if isinstance(node, ast.Import):

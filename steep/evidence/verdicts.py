@@ -43,8 +43,8 @@ def judge(quantity: Quantity, pairs: Pairs) -> Judged:
     - same direction: low > null, but high < size. There is a gain, and it is smaller than claimed.
     - not testable here: low <= null and high >= size. So few or so noisy runs that no gain and the claimed one are
       both possible; calling that a failure would blame the method for our scale.
-    - not reproduced: low <= null and high < size. The claimed gain is excluded, none is not. Also whenever no
-      size is claimed and the direction is not shown.
+    - not reproduced: low <= null and high < size. The claimed gain is excluded, none is not. Where only a
+      direction is claimed: the direction is not shown (with fewer than 6 pairs it never could be: not testable here).
 
     The interval inverts the exact paired test, so "low > null" is that test at 5 % (two-sided). Exact quantities have
     no noise: reproduced if every case has the claimed size, same direction if every case exceeds the null, else not.
@@ -58,15 +58,23 @@ def judge(quantity: Quantity, pairs: Pairs) -> Judged:
     null = math.log(quantity.nothing) if ratio else quantity.nothing
     low, high = (float(d.min()), float(d.max())) if quantity.exact else interval(d, 1 - ALPHA)
     p = None if quantity.exact else sign_flip_p(d - null)
-    gain, low, high = (math.exp(min(v, 700.0)) if ratio else v for v in (estimate(d), low, high))
+    gain, low, high = (_gain(v, ratio) for v in (estimate(d), low, high))
     return Judged(quantity, pairs, gain, low, high, p, int((d > 0).sum()), _verdict(quantity, low, high))
+
+
+def _gain(value: float, ratio: bool) -> float:
+    """A difference as a gain: the exponential of one of logarithms, infinite beyond what a float holds."""
+    if not ratio:
+        return float(value)
+    return math.exp(value) if value < 700 else math.inf
 
 
 def _verdict(quantity: Quantity, low: float, high: float) -> str:
     shown = low > quantity.nothing
-    if quantity.size is None:
-        return "reproduced" if shown else "not reproduced"
-    reaches = (low if quantity.exact else high) >= quantity.size
+    size = quantity.size
+    if size is None:  # only a direction is claimed: any gain will do, and only an endless interval leaves it open
+        size = quantity.nothing if shown else math.inf
+    reaches = (low if quantity.exact else high) >= size
     if shown:
         return "reproduced" if reaches else "same direction"
     return "not testable here" if reaches else "not reproduced"
@@ -110,4 +118,4 @@ def gains(judged: Judged) -> list[float]:
     ratio = judged.quantity.scale == "ratio"
     higher = judged.quantity.better == "higher"
     d = differences(judged.pairs.method, judged.pairs.baseline, higher_is_better=higher, relative=ratio)
-    return [math.exp(v) if ratio else float(v) for v in d]
+    return [_gain(v, ratio) for v in d]
