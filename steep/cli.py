@@ -1,4 +1,4 @@
-"""The command line: ``steep list | show | fit | compare | report``."""
+"""The command line: ``steep list | show | fit | compare | claims | report``."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ def _hyper_table(c: Card) -> Table:
     for column in ("hyper-parameter", "default", "tuned over"):
         table.add_column(column)
     for name, default in c.hyper.items():
-        table.add_row(name, repr(default), _range(c.space.get(name)))
+        table.add_row(name, repr(default), range_text(c.space.get(name)))
     return table
 
 
-def _range(values: Range | Choice | None) -> str:
+def range_text(values: Range | Choice | None) -> str:
     if values is None:
         return ""
     if isinstance(values, Choice):
@@ -228,6 +228,34 @@ def compare(
 
 @app.command()
 @_plainly
+def claims(
+    ids: Annotated[list[str] | None, typer.Argument(help="methods; all by default", show_default=False)] = None,
+    folder: Annotated[Path, typer.Option("--claims", help="folder of claims")] = Path("claims"),
+    ledger: Annotated[Path | None, typer.Option(help="folder of their outcomes (ledger, beside --claims)")] = None,
+    out_: Annotated[Path, typer.Option("--out", help="folder that keeps runs, to go on from")] = Path("out/claims"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="run each as small as possible, and keep nothing")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="show outcomes and whether the code has changed")] = False,
+    workers: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
+) -> None:
+    """Run papers' claims whose code has changed since they were last run, and show all verdicts."""
+    from steep.evidence import ledger as book
+
+    place = ledger or folder.parent / "ledger"
+    chosen = book.choose(book.load_claims(folder), ids or [])
+    for claim, path in chosen:
+        if smoke:
+            print(f"{claim.id}: {', '.join(book.smoke(claim)) or claim.reason}", flush=True)
+        elif not list_ and book.state(claim, path, book.read(place, claim.id)) != "current":
+            print(f"{claim.id}: running", file=sys.stderr, flush=True)
+            book.write(book.run(claim, path, out_, workers=workers), place)
+    if not smoke:
+        out.print(
+            _claims_table([(c, book.read(place, c.id), book.state(c, p, book.read(place, c.id))) for c, p in chosen])
+        )
+
+
+@app.command()
+@_plainly
 def report(
     directory: Annotated[Path, typer.Argument(help="the --out of a finished compare")] = Path("steep-compare"),
 ) -> None:
@@ -240,6 +268,21 @@ def report(
     study = store.study()
     out.print(table.render(study))
     print(f"report: {pages.write(study, directory)}")
+
+
+def _claims_table(rows: Iterable[tuple[Any, Any, str]]) -> Table:
+    from steep.evidence.verdicts import numbers
+
+    table = Table(box=None, header_style="bold")
+    for column in ("claim", "state", "verdict", "what was measured"):
+        table.add_column(column, no_wrap=column in ("claim", "state"))
+    for claim, entry, state in rows:
+        table.add_row(
+            claim.id, state, entry.verdict if entry else "", "" if entry and entry.quantities else claim.reason
+        )
+        for j in entry.quantities if entry else ():
+            table.add_row("", "", j.verdict, f"{j.quantity.name}: {numbers(j)}")
+    return table
 
 
 def main() -> None:

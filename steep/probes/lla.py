@@ -251,7 +251,7 @@ class Landscape:
             levels: number of contours.
         """
         worst = float(self.losses[self.losses.isfinite()].max())
-        losses = self.losses.nan_to_num(nan=worst, posinf=worst).clamp(max=cap)
+        losses = self.losses.nan_to_num(nan=worst, posinf=worst).clamp(max=math.inf if cap is None else cap)
         if len(self.axes) == 1:
             axis.plot(self.axes[0], losses)
         else:
