@@ -116,11 +116,10 @@ def _imports(path: Path) -> tuple[Path, ...]:
 
 def _imported_by(path: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in getattr(node, "names", ())]
         if isinstance(node, ast.Import):
-            yield from _modules(names)
+            yield from _modules([alias.name for alias in node.names])
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from _modules([node.module, *(f"{node.module}.{name}" for name in names)])
+            yield from _modules([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
 
 
 def _modules(names: Sequence[str]) -> Iterator[Path]:

@@ -242,12 +242,12 @@ class Landscape:
     axes: tuple[Tensor, ...]
     center: float
 
-    def draw(self, axis: Any, *, cap: float | None = None, path: Tensor | None = None, levels: int = 20) -> None:
+    def draw(self, axis: Any, *, cap: float | None = None, points: Tensor | None = None, levels: int = 20) -> None:
         """Draw on a matplotlib axis: a curve, or contours that are even in the logarithm where all losses are positive.
 
         Args:
             cap: larger losses are drawn as this.
-            path: points of a training, (T, 2), as in `Trajectory`.
+            points: of a training, (T, 2), as in `Trajectory`.
             levels: number of contours.
         """
         worst = float(self.losses[self.losses.isfinite()].max())
@@ -260,8 +260,8 @@ class Landscape:
             heights = sorted({*even.tolist()}) if high > low else None
             found = axis.contourf(*self.axes, losses.T, levels=heights, cmap="viridis", norm=_norm(low), extend="both")
             axis.figure.colorbar(found, ax=axis, format="%.2g")
-        if path is not None:
-            axis.plot(*path.T, color="white", marker=".", markersize=4, linewidth=1)
+        if points is not None:
+            axis.plot(*points.T, color="white", marker=".", markersize=4, linewidth=1)
         axis.plot(*([0.0] * len(self.axes)), *([self.center] if len(self.axes) == 1 else []), "+", color="C3")
 
     def picture(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Any:
