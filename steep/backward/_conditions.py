@@ -16,13 +16,13 @@ def conditions(v: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
 
 
 def damped_solve(gram: Tensor, r: Tensor, damping: float) -> Tensor:
-    """Weights ``w = (G + λ I)^-1 r`` with ``λ = damping * mean(diag G)``; (B,).
-
-    NaN where the Gram matrix is not finite, as from an ordinary backward; 0 where it is zero.
-    """
+    """Weights ``w = (G + λ I)^-1 r`` with ``λ = damping * mean(diag G)``; (B,). 0 where G is zero."""
     shift = damping * gram.diagonal().mean().item()
-    if shift == 0:
-        return torch.zeros_like(r)
+    return torch.zeros_like(r) if shift == 0 else shifted_solve(gram, r, shift)
+
+
+def shifted_solve(gram: Tensor, r: Tensor, shift: float) -> Tensor:
+    """Weights ``w = (G + shift I)^-1 r``; NaN where G is not finite, as from an ordinary backward."""
     factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(r), dtype=gram.dtype, device=gram.device))
     return r * torch.nan if failed else torch.cholesky_solve(r[:, None], factor)[:, 0]
 
