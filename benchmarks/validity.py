@@ -1,15 +1,20 @@
 """Are the verdicts of `compare` worth their 5 %? Simulated studies, judged by the very functions that judge real ones.
 
-A study has a baseline and up to six arms over paired seeds; a run's score is an effect of its split, shared by the runs
+A study has a baseline and up to ten arms over paired seeds; a run's score is an effect of its split, shared by the runs
 of a pair, plus noise of its own. Splits make for a correlation of 0.77 between the runs of a pair under Gaussian noise,
 as measured on digits (AdamW against SGD, validation loss). Per kind of noise and number of seeds:
 
 - false verdicts: studies without any effect in which at least one arm of the family "helps" or "hurts";
 - coverage: arms with a known effect whose 95 % interval contains it;
 - power: arms given exactly the minimum detectable effect that "help", the rest of the family null;
+- sequential: false verdicts of families that are looked at after 4, 8 and 16 pairs;
 - time to target: false verdicts over times of which one in five is censored.
 
-    python benchmarks/validity.py --studies 1000 --out validity.json
+Kinds of noise are made up, or "recorded": drawn from the paired differences of the A/A controls of real studies, each
+on a scale of its own. `--stores` reads such studies, keeps their differences in the result, and tests that their
+controls are null at the nominal rate; without it the differences are those of the result file that is there.
+
+    python benchmarks/validity.py --studies 1000 --stores out/digits out/photo --out validity.json
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +32,18 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from steep.evidence import power as powers
 from steep.evidence import statistics
+from steep.evidence.sequential import Look, followed, planned
+from steep.evidence.store import Store
 from steep.evidence.study import Comparison
 
 Array = NDArray[np.float64]
 Rng = np.random.Generator
 Row = dict[str, Any]
 
-FAMILIES = (1, 3, 6)
+FAMILIES = (1, 3, 6, 10)
+RESULTS = Path(__file__).parent / "results" / "validity.json"
 SPLIT_SD = (0.77 / (1 - 0.77)) ** 0.5
 EFFECT = 0.5
 
@@ -67,6 +77,11 @@ def tied(rng: Rng, shape: tuple[int, int]) -> Array:
     return np.round(rng.standard_normal(shape))
 
 
+def recorded(rng: Rng, shape: tuple[int, int], *, pool: Sequence[float]) -> Array:
+    """As real runs had it."""
+    return rng.choice(pool, shape) * rng.choice([-1, 1], shape)
+
+
 NOISES = (gaussian, heavy_tailed, skewed, heteroscedastic, diverging, tied)
 Noise = Callable[[Rng, tuple[int, int]], Array]
 
@@ -91,24 +106,45 @@ def row(hits: Iterable[bool], **what: Any) -> Row:
     return {**what, "count": test.k, "of": test.n, "rate": test.statistic, "low": float(ci.low), "high": float(ci.high)}
 
 
-def false_verdicts(rng: Rng, noise: Noise, seeds: int, studies: int) -> list[Row]:
+def false_verdicts(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) -> list[Row]:
     made = [list(study(rng, noise, seeds, arms=max(FAMILIES), effect=0).items()) for _ in range(studies)]
     return [
-        row((decided(statistics.adjust(dict(s[:arms]))) for s in made), noise=noise.__name__, seeds=seeds, arms=arms)
+        row((decided(statistics.adjust(dict(s[:arms]))) for s in made), noise=name, seeds=seeds, arms=arms)
         for arms in FAMILIES
     ]
 
 
-def coverage(rng: Rng, noise: Noise, seeds: int, studies: int) -> Row:
+def sequential(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
+    """False verdicts of any arm at any look."""
+    looks = planned(16, arms, sequential=True)
+    return row((_decided_at_a_look(rng, noise, arms, looks) for _ in range(studies)), noise=name, arms=arms)
+
+
+def _decided_at_a_look(rng: Rng, noise: Noise, arms: int, looks: Sequence[Look]) -> bool:
+    split = SPLIT_SD * rng.standard_normal(looks[-1].pairs)
+    baseline, *others = (split + noise(rng, (1 + arms, looks[-1].pairs))).tolist()
+    families: list[Mapping[str, Comparison]] = []
+
+    def judged(look: Look, going: Sequence[str]) -> Mapping[str, Comparison]:
+        n = look.pairs
+        alone = {name: statistics.compare(others[int(name)][:n], baseline[:n], alpha=look.alpha) for name in going}
+        families.append(statistics.adjust(alone, arms))
+        return families[-1]
+
+    followed(looks, [str(i) for i in range(arms)], judged)
+    return any(map(decided, families))
+
+
+def coverage(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) -> Row:
     made = (study(rng, noise, seeds, arms=1, effect=EFFECT)["arm 0"] for _ in range(studies))
-    return row((c.low <= EFFECT <= c.high for c in made), noise=noise.__name__, seeds=seeds)
+    return row((c.low <= EFFECT <= c.high for c in made), noise=name, seeds=seeds)
 
 
 def power(rng: Rng, seeds: int, arms: int, studies: int) -> Row:
     sd = 2**0.5  # of a difference of two runs
-    if seeds < statistics.seeds_needed(arms):
+    if seeds < powers.seeds_needed(arms):
         return {"seeds": seeds, "arms": arms, "effect": None, "rate": None}
-    effect = statistics.minimum_detectable_effect(sd, seeds, statistics.ALPHA / arms)
+    effect = powers.minimum_detectable_effect(sd, seeds, powers.ALPHA / arms)
     made = (study(rng, gaussian, seeds, arms=arms, effect=effect) for _ in range(studies))
     return row((statistics.adjust(s)["arm 0"].verdict == "helps" for s in made), seeds=seeds, arms=arms, effect=effect)
 
@@ -122,14 +158,38 @@ def time_to_target(rng: Rng, seeds: int, studies: int) -> Row:
     return row((decided({"arm": statistics.paired_time_to_target(*pair)}) for pair in pairs), seeds=seeds)
 
 
-def simulate(studies: int, seeds: Sequence[int], seed: int) -> dict[str, Any]:
+def controls(stores: Iterable[Path]) -> list[Row]:
+    """The A/A control of every real study."""
+    found: list[Row] = []
+    for store in stores:
+        study = Store(store).study()
+        c = study.arms[-1].scores[study.primary]
+        found.append({"recipe": study.recipe, "p": c.p, "verdict": c.verdict, "differences": list(c.differences)})
+    return found
+
+
+def pool_of(made: Sequence[Row]) -> list[float]:
+    """Finite differences of all controls, each study's divided by their root mean square, halved as two runs' are."""
+    scaled = [np.array([d for d in row["differences"] if np.isfinite(d)]) for row in made]
+    parts = [d / np.sqrt(2 * np.mean(d**2)) for d in scaled if len(d) and np.any(d)]
+    return np.concatenate(parts).tolist() if parts else []
+
+
+def simulate(studies: int, seeds: Sequence[int], seed: int, made: Sequence[Row] = ()) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     started = time.process_time()
+    noises: dict[str, Noise] = {noise.__name__: noise for noise in NOISES}
+    if pool := pool_of(made):
+        noises["recorded"] = partial(recorded, pool=pool)
+    judged = [c["verdict"] in statistics.DECIDED for c in made if c["verdict"] != "too few seeds"]
     return {
-        "false verdicts": [r for noise in NOISES for n in seeds for r in false_verdicts(rng, noise, n, studies)],
-        "coverage": [coverage(rng, noise, n, studies) for noise in NOISES for n in seeds],
+        "false verdicts": [r for k, f in noises.items() for n in seeds for r in false_verdicts(rng, k, f, n, studies)],
+        "sequential": [sequential(rng, k, f, arms, studies) for k, f in noises.items() for arms in FAMILIES],
+        "controls of real studies": [row(judged, studies=len(judged))] if judged else [],
+        "coverage": [coverage(rng, k, f, n, studies) for k, f in noises.items() for n in seeds],
         "power": [power(rng, n, arms, studies) for n in seeds for arms in FAMILIES],
         "time to target": [time_to_target(rng, n, studies) for n in seeds],
+        "real studies": list(made),
         "seed": seed,
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
         "cpu_seconds": round(time.process_time() - started, 1),
@@ -141,7 +201,8 @@ def show(results: Mapping[str, Any]) -> None:
         if isinstance(rows, list):
             print(f"\n{title}")
             for r in rows:
-                print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in r.items()))
+                shown = {k: v for k, v in r.items() if k != "differences"}
+                print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
 
 
 def main() -> None:
@@ -149,10 +210,13 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[6, 8, 16], help="numbers of pairs")
     parser.add_argument("--seed", type=int, default=0, help="of the simulation")
+    parser.add_argument("--stores", type=Path, nargs="*", default=[], help="directories of real studies")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--smoke", action="store_true", help="20 studies of 6 and 8 pairs")
     args = parser.parse_args()
-    results = simulate(20, [6, 8], args.seed) if args.smoke else simulate(args.studies, args.seeds, args.seed)
+    made = controls(args.stores) or json.loads(RESULTS.read_text()).get("real studies", [])
+    studies, seeds = (20, [6, 8]) if args.smoke else (args.studies, args.seeds)
+    results = simulate(studies, seeds, args.seed, made)
     show(results)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")

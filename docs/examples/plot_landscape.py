@@ -50,15 +50,16 @@ low, high = walk.points.min(0).values - 1, walk.points.max(0).values + 1
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 seen = landscape(model, loss, walk.directions, steps=21, span=list(zip(low.tolist(), high.tolist(), strict=True)))
 seen.draw(axes[0], points=walk.points)
-axes[0].set(title=f"where it walked ({walk.explained.sum():.0%} of the way)")
+axes[0].set(title=f"where it walked ({walk.explained.sum():.0%} of squares)")
 landscape(model, loss, randomly, steps=21, span=2.0).draw(axes[1])
 axes[1].set(title="two random directions")
 landscape(model, loss, sharpest.directions, steps=21, span=4.0).draw(axes[2])
 axes[2].set(title="eigenvalues {:.2g} and {:.2g}".format(*sharpest.values))
 
 # %%
-# The spectrum on the training data and on data that the network was not trained on. Both criteria of the paper grow
-# where the accuracy falls.
+# The spectrum on the training data and on data that the network was not trained on. The paper finds both criteria to
+# grow where the accuracy falls. Here r_e does at each step; K_h separates the test from the training data, but not the
+# noisy test from the clean one.
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 noise = 0.5 * torch.randn(x[test].shape, generator=order)
 settings = {"train": (x[train], y[train]), "test": (x[test], y[test]), "test, noisy": (x[test] + noise, y[test])}

@@ -9,21 +9,25 @@ from typing import Any
 
 from steep.evidence import statistics
 from steep.evidence.contenders import BASELINE, Contender
+from steep.evidence.power import FEWEST_SEEDS, seeds_needed
+from steep.evidence.sequential import Look
 from steep.evidence.study import Arm, Comparison, RunRecord, Study
 from steep.recipe import Recipe
 
 TWIN = "A/A"
-WANDERED = 1.5  # wall over CPU seconds: largest over smallest of a study's runs
+WANDERED = 1.5  # wall over CPU seconds: largest over smallest of an arm's runs
 
 Records = Mapping[str, Sequence[RunRecord]]
+Ended = Mapping[str, Look]
 
 
 def assemble(
     contenders: Sequence[Contender],
     choices: Mapping[str, tuple[Mapping[str, Any], Sequence[RunRecord]]],
     runs: Records,
-    equal_time: Records,
+    equal: Mapping[str, Records],
     metrics: Mapping[str, bool],
+    ended: Ended,
 ) -> list[Arm]:
     """The arms of a finished study: the baseline first, the A/A control last.
 
@@ -31,12 +35,16 @@ def assemble(
         contenders: the arms as planned.
         choices: per arm, the chosen hyper-parameters and the tuning trials.
         runs: confirmation runs by arm, the twin's among them, in the order of the seeds.
-        equal_time: runs at equal time, for the arms that have any.
+        equal: runs at "equal-time" and at "equal-examples", for the arms that have any.
         metrics: score names, mapped to whether higher is better.
+        ended: per arm but the baseline, the look that ended it.
     """
-    at_steps = _compared(runs, metrics)
-    at_time = _compared({**runs, **equal_time}, metrics)
-    level, unchanged = target(runs[BASELINE]), choices[BASELINE][1][0].digest
+    at_steps = compared(runs, metrics, ended)
+    at_time = compared({**runs, **equal["equal-time"]}, metrics, ended)
+    at_examples = compared({**runs, **equal["equal-examples"]}, metrics, ended)
+    level, unchanged = target(runs[TWIN]), choices[BASELINE][1][0].digest
+    times = {unit: {c.name: [to(level, run) for run in runs[c.name]] for c in contenders} for unit, to in TO.items()}
+    raced = _raced(times, ended) if level is not None else {}
     arms = [
         Arm(
             name=c.name,
@@ -45,10 +53,14 @@ def assemble(
             hyper=dict(choices[c.name][0]),
             trials=choices[c.name][1],
             runs=runs[c.name],
-            equal_time=equal_time.get(c.name, ()),
+            equal_time=equal["equal-time"].get(c.name, ()),
+            equal_examples=equal["equal-examples"].get(c.name, ()),
             scores=at_steps.get(c.name, {}),
             scores_at_equal_time=at_time.get(c.name, {}),
-            time_to_target=[time_to(level, run) for run in runs[c.name]],
+            scores_at_equal_examples=at_examples.get(c.name, {}),
+            time_to_target=times["seconds"][c.name],
+            steps_to_target=times["steps"][c.name],
+            to_target=raced.get(c.name, {}),
             did_nothing=c.name != BASELINE and choices[c.name][1][0].digest == unchanged != "",
         )
         for c in contenders
@@ -57,24 +69,57 @@ def assemble(
     return [*arms, Arm(TWIN, twin, hyper=arms[0].hyper, runs=runs[TWIN], scores=at_steps[TWIN])]
 
 
-def _compared(runs: Records, metrics: Mapping[str, bool]) -> dict[str, dict[str, Comparison]]:
-    """By arm and score: the comparison with the baseline, methods judged as one family, the twin by itself."""
+def compared(
+    runs: Records, metrics: Mapping[str, bool], ended: Ended, family: int | None = None
+) -> dict[str, dict[str, Comparison]]:
+    """By arm and score: the comparison with the baseline on the arm's seeds, methods judged as one family.
+
+    Args:
+        ended: per arm but the baseline, the look at which it is judged.
+        family: number of methods, where those in `runs` are not all.
+    """
     found: dict[str, dict[str, Comparison]] = {name: {} for name in runs if name != BASELINE}
     for score, higher in metrics.items():
         relative = score == "loss" and all(v > 0 for name in runs for v in finals(runs[name], score) if v is not None)
         alone = {
             name: statistics.compare(
                 finals(runs[name], score),
-                finals(runs[BASELINE], score),
+                finals(runs[BASELINE][: len(runs[name])], score),
                 score=score,
                 higher_is_better=higher,
                 relative=relative,
+                alpha=ended[name].alpha,
             )
             for name in found
         }
-        family = statistics.adjust({name: c for name, c in alone.items() if name != TWIN})
-        for name in found:
-            found[name][score] = family.get(name, alone[name])
+        for name, comparison in _as_family(alone, ended, family).items():
+            found[name][score] = comparison
+    return found
+
+
+def _as_family(alone: Mapping[str, Comparison], ended: Ended, family: int | None = None) -> dict[str, Comparison]:
+    """Methods judged as one family, look by look; the twin by itself."""
+    methods = {name: c for name, c in alone.items() if name != TWIN}
+    judged = dict(alone)
+    for look in {ended[name] for name in methods}:
+        here = {name: c for name, c in methods.items() if ended[name] == look}
+        judged |= statistics.adjust(here, family or len(methods))
+    return judged
+
+
+def _raced(times: Mapping[str, Mapping[str, Sequence[float | None]]], ended: Ended) -> dict[str, dict[str, Comparison]]:
+    """By arm and unit: times to target against the baseline's, the methods of each unit judged as one family."""
+    found: dict[str, dict[str, Comparison]] = {}
+    for unit, by_arm in times.items():
+        alone = {
+            name: statistics.paired_time_to_target(
+                own, by_arm[BASELINE][: len(own)], score=f"{unit} to target", alpha=ended[name].alpha
+            )
+            for name, own in by_arm.items()
+            if name != BASELINE
+        }
+        for name, comparison in _as_family(alone, ended).items():
+            found.setdefault(name, {})[unit] = comparison
     return found
 
 
@@ -84,40 +129,83 @@ def finals(runs: Sequence[RunRecord], score: str) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def target(baseline: Sequence[RunRecord]) -> float | None:
-    """Median final validation loss of the baseline: what arms race to."""
-    losses = [run.val["loss"] for run in baseline if run.val]
-    return median(losses) if losses else None
+def target(twin: Sequence[RunRecord]) -> float | None:
+    """Median final validation loss of the baseline's twin, what arms race to; `None` where half of its runs diverged.
+
+    Not of the baseline: its runs would then be compared with a target that they have set themselves.
+    """
+    losses = [loss if math.isfinite(loss := run.val.get("loss", math.inf)) else math.inf for run in twin]
+    middle = median(losses)
+    return middle if math.isfinite(middle) else None
 
 
-def time_to(level: float | None, run: RunRecord) -> float | None:
-    """Training seconds until the validation loss was at most `level`; `None` if it never was."""
-    if level is None:
-        return None
-    return next((point["seconds"] for point in run.curve if point["loss"] <= level), None)
+def _first(level: float | None, run: RunRecord) -> Mapping[str, float] | None:
+    """The first evaluation at which the validation loss was at most `level`; `None` if it never was."""
+    return next((point for point in run.curve if level is not None and point["loss"] <= level), None)
+
+
+def steps_to(level: float | None, run: RunRecord) -> float | None:
+    """Steps until the validation loss was at most `level`; `None` if it never was."""
+    point = _first(level, run)
+    return None if point is None else point["step"]
+
+
+def seconds_to(level: float | None, run: RunRecord) -> float | None:
+    """The same in CPU seconds, which do not depend on what else the machine does; preparation counts."""
+    point = _first(level, run)
+    return None if point is None else run.preparation_seconds + point["cpu_seconds"]
+
+
+TO = {"steps": steps_to, "seconds": seconds_to}
 
 
 def warnings(study: Study, recipe: Recipe) -> Iterator[str]:
     """What a reader must know before believing the table."""
     twin = study.arms[-1].scores[study.primary]
-    if twin.verdict in ("helps", "hurts"):
+    if twin.verdict in statistics.DECIDED:
         yield (
             f"The A/A control is not null (p = {twin.p:.3f}): by chance in one study of twenty, or because the seeds "
             "are not independent. Repeat with other seeds before you decide."
         )
     pairs, methods = len(study.seeds), len(study.arms) - 2
-    if methods and statistics.FEWEST_SEEDS <= pairs < statistics.seeds_needed(methods):
-        needed = statistics.seeds_needed(methods)
+    if methods and FEWEST_SEEDS <= pairs < seeds_needed(methods):
+        needed = seeds_needed(methods)
         yield f"{pairs} seeds cannot show any difference among {methods} methods; it takes at least {needed}."
+    yield from _looked(study)
     if recipe.rounds is not None:
         yield "The recipe's rounds own the optimizer, so the baseline was not tuned; add it as a method of its own."
-    ratios = [run.seconds / run.cpu_seconds for arm in study.arms for run in arm.runs if run.cpu_seconds]
-    if ratios and max(ratios) > WANDERED * min(ratios):
-        yield (
-            f"The load of the machine changed during the study (wall over CPU seconds from {min(ratios):.2f} to "
-            f"{max(ratios):.2f}): trust results at equal time less than those at equal steps."
-        )
+    yield from _wandered(study)
     for arm in study.arms:
         diverged = sum(run.outcome == "diverged" for run in arm.runs)
         if diverged:
             yield f"{arm.name}: {diverged} of {len(arm.runs)} runs diverged; they count as worse than any that did not."
+
+
+def _looked(study: Study) -> Iterator[str]:
+    """How often verdicts were read, where it was more than once."""
+    for look in study.looks[:-1]:
+        if look["decided"]:
+            yield (
+                f"Decided at the look at {look['pairs']} of {study.looks[-1]['pairs']} pairs: "
+                f"{', '.join(look['decided'])}. The intervals allow for that; the estimates lean away from zero, "
+                "as those of early stops do."
+            )
+    if study.earlier:
+        yield (
+            f"Verdicts were read in this store after {', '.join(map(str, study.earlier))} pairs too. Looking again "
+            "with other numbers of pairs makes false verdicts more frequent than 5 %: plan the looks with --sequential."
+        )
+
+
+def _wandered(study: Study) -> Iterator[str]:
+    """Whether the load of the machine changed: within arms, as some wait for data or use several threads by nature."""
+    ratios = [
+        [run.seconds / run.cpu_seconds for run in (*arm.runs, *arm.equal_time) if run.cpu_seconds] for arm in study.arms
+    ]
+    worst = max((r for r in ratios if r), key=lambda r: max(r) / min(r), default=[1.0])
+    if max(worst) > WANDERED * min(worst):
+        yield (
+            f"The load of the machine changed during the study (wall over CPU seconds from {min(worst):.2f} to "
+            f"{max(worst):.2f}). Equal time is counted in CPU seconds, which this hardly changes; still, "
+            "trust results at equal time less than those at equal steps."
+        )

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import median
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 
 from steep.card import cards
 from steep.evidence import report, tuning
-from steep.evidence.assemble import TWIN, assemble, target, warnings
+from steep.evidence.assemble import TWIN, assemble, compared, target, warnings
+from steep.evidence.budgets import in_its_time, on_its_examples, steps_for
 from steep.evidence.contenders import BASELINE, Contender, MethodLike, contenders, own_card
 from steep.evidence.jobs import Check, Job, picture, preflight
 from steep.evidence.planning import Plan, choose
 from steep.evidence.pool import Failure, Pool
+from steep.evidence.power import FEWEST_SEEDS, seeds_needed
+from steep.evidence.preflights import Preflights
 from steep.evidence.progress import StudyProgress
+from steep.evidence.sequential import Look, followed
 from steep.evidence.source import Source, from_name, from_value
-from steep.evidence.statistics import FEWEST_SEEDS, seeds_needed
+from steep.evidence.statistics import DECIDED
 from steep.evidence.store import Store
-from steep.evidence.study import RunRecord, Study
+from steep.evidence.study import Comparison, RunRecord, Study
 from steep.needs import UnmetNeed
 from steep.recipe import Budget, Recipe
+from steep.tracking import as_log
 from steep.training import NonFinite
 
 TWIN_SEED = 500_000  # the twin's initialisation and order start here; its splits are the baseline's
-SAME_TIME = 0.05  # arms within 5 % of the baseline's cost need no runs of their own at equal time
+EQUAL = {"equal-time": in_its_time, "equal-examples": on_its_examples}
 
 
 def compare(
@@ -40,25 +44,32 @@ def compare(
     workers: int | None = None,
     out: str | os.PathLike[str] = "steep-compare",
     score: str = "loss",
+    sequential: bool = False,
     progress: bool = True,
     command: str = "",
+    log: str | None = None,
 ) -> Study:
     """Compare methods with a recipe, with equal tuning, paired seeds and controls, and write the report.
 
     Every arm is tuned with the same number of trials; then all arms are trained on fresh seeds that share split,
-    initialisation and data order, at equal steps and at equal time. The same call goes on where it was stopped.
+    initialisation and data order, at equal steps, at equal time and, where a method sees others, at equal numbers of
+    examples. The same call goes on where it was stopped.
 
     Args:
         recipe: a recipe, a task's name, ``file.py:recipe`` or ``package.module:recipe``.
         methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, cards, functions of a recipe, or "all".
         minutes: plan trials and seeds to fit.
-        seeds: paired confirmation seeds; 8 by default. Fewer than 6 give numbers, but no verdict.
+        seeds: paired confirmation seeds; 8 by default (16 if `sequential`). Fewer than 6 give numbers, but no verdict.
         trials: tuning trials per arm; 8 by default.
         workers: processes of one thread each; the number of cores by default.
         out: directory that keeps the runs, the tables and the report.
         score: what verdicts are about: "loss" or the recipe's metric.
+        sequential: look at a quarter, half and all of the seeds, and end arms that are decided before; false verdicts
+            stay at 5 % in all. Worth it where effects are large.
         progress: show on standard error what will be run, and how far it is.
         command: what to type to get this study again, for the report.
+        log: log every training that is run to this Accelerate tracker ("tensorboard", "wandb", "mlflow", ...), in the
+            folder `log` of `out`.
 
     Raises:
         UnknownName, RecipeError: the recipe or a method cannot be found.
@@ -74,6 +85,7 @@ def compare(
         >>> study.arms[2].name, study.arms[2].scores["loss"].verdict
         ('adabelief', 'too few seeds')
     """
+    as_log(log)
     named = methods if not isinstance(methods, str) else [methods]
     own = {c.id: c for c in (own_card(m) for m in named if not isinstance(m, (str, tuple)))}
     if isinstance(recipe, str) and own:
@@ -87,31 +99,33 @@ def compare(
     arms, workers = contenders(loaded, wanted), workers or os.cpu_count() or 1
     console = Console(stderr=True, quiet=not progress)
     store = Store(out)
-    with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done) as pool:
+    with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done, log) as pool:
         comparison = _Comparison(loaded, source, store, pool, arms)
         checks, left_out = comparison.check(lenient=methods == "all")
         steps = comparison.fix_steps(checks[BASELINE])
         cost = {name: c.step_seconds * steps + c.other_seconds for name, c in checks.items()}
         tuned = {arm.name: bool(arm.space) for arm in comparison.arms}
-        plan = choose(cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds)
+        plan = choose(cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
         console.print(_announcement(plan, comparison.arms, left_out, workers))
         bar.expect(plan.runs)
         choices = comparison.tune(plan, score, metrics[score])
         chosen = {name: choice for name, (choice, _) in choices.items()}
-        runs = comparison.confirm(chosen, range(plan.seeds))
-        equal_time = comparison.at_equal_time(chosen, runs, steps)
+        runs, ended = comparison.confirm(chosen, plan.looks, score, metrics[score])
+        equal = {role: comparison.at_equal(role, chosen, runs) for role in EQUAL}
     study = Study(
         recipe=loaded.name,
-        source=source.name,
-        arms=assemble(comparison.arms, choices, runs, equal_time, metrics),
+        source=source.name if isinstance(recipe, str) else "",
+        arms=assemble(comparison.arms, choices, runs, equal, metrics, ended),
         primary=score,
         metrics=metrics,
-        seeds=list(range(plan.seeds)),
+        seeds=[run.seed for run in runs[BASELINE]],
         left_out=left_out,
-        target_loss=target(runs[BASELINE]),
+        target_loss=target(runs[TWIN]),
         target_picture=picture(loaded, None, store, "target") if loaded.picture else None,
+        looks=_looks(plan.looks, ended, runs, score),
         command=command,
     )
+    study = replace(study, earlier=_earlier(store, study))
     study = replace(study, warnings=list(warnings(study, loaded)))
     store.put_study(study)
     report.write(study, store.directory)
@@ -130,8 +144,7 @@ class _Comparison:
 
     def check(self, lenient: bool) -> tuple[dict[str, Check], dict[str, str]]:
         """Train every arm for a moment. Arms that do not fit are left out if `lenient`, else the error is raised."""
-        results = self.pool.apply(preflight, [(arm, self.source) for arm in self.arms])
-        found = {arm.name: result for arm, result in zip(self.arms, results, strict=True)}
+        found = self._preflights()
         errors = {name: error for name, error in found.items() if isinstance(error, Failure)}
         checks = {name: check for name, check in found.items() if isinstance(check, Check)}
         for name, error in errors.items():
@@ -142,14 +155,27 @@ class _Comparison:
         self.arms = [arm for arm in self.arms if arm.name in checks]
         return checks, {name: errors[name].message for name in found if name not in checks}
 
+    def _preflights(self) -> dict[str, Check | Failure]:
+        """By arm; measured once for a store, so that a comparison which goes on is planned as it was."""
+        first = {arm.name: self._job(arm, "preflight", arm.defaults(), 0) for arm in self.arms}
+        keys = {name: job.key(self.source, self.pool.code(job)) for name, job in first.items()}
+        known = Preflights(self.store.directory, keys)
+        missing = [arm for arm in self.arms if arm.name not in known.checks]
+        results = self.pool.apply(preflight, [(arm, self.source) for arm in missing])
+        known.add({arm.name: r for arm, r in zip(missing, results, strict=True) if isinstance(r, Check)})
+        fresh = {arm.name: result for arm, result in zip(missing, results, strict=True)}
+        return {arm.name: known.checks.get(arm.name) or fresh[arm.name] for arm in self.arms}
+
     def fix_steps(self, check: Check) -> int:
-        """Steps of every run at equal steps. A budget in seconds becomes what the baseline can do in that time."""
-        if check.total_steps is None:
-            steps = max(1, round((self.recipe.budget.seconds or 0) / check.step_seconds))
-            self.recipe = self.recipe.replace(budget=Budget(steps=steps))
-            return steps
-        self.recipe = self.recipe.replace(budget=replace(self.recipe.budget, seconds=None))
-        return check.total_steps
+        """Steps of every run at equal steps. A limit in seconds becomes what the baseline can do in that time."""
+        budget = self.recipe.budget
+        in_time = max(1, round(budget.seconds / check.step_seconds)) if budget.seconds else None
+        if in_time is None or (check.total_steps is not None and check.total_steps <= in_time):
+            assert check.total_steps is not None  # a budget has a limit
+            self.recipe = self.recipe.replace(budget=replace(budget, seconds=None))
+            return check.total_steps
+        self.recipe = self.recipe.replace(budget=Budget(steps=in_time))
+        return in_time
 
     def tune(self, plan: Plan, score: str, higher: bool) -> dict[str, tuple[dict[str, Any], list[RunRecord]]]:
         """For each arm, what to set its hyper-parameters to, and the trials that say so."""
@@ -172,36 +198,44 @@ class _Comparison:
         methods, lr_scale = contender.settings(chosen)
         return replace(Job(contender.name, role, methods, seed, seed, self.recipe.budget, lr_scale), **changes)
 
-    def confirm(self, chosen: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, list[RunRecord]]:
-        """Every arm and the baseline's twin on fresh paired seeds, seed by seed, so that drift hits all arms alike."""
-        baseline = self.arms[0]
+    def confirm(
+        self, chosen: Mapping[str, Mapping[str, Any]], looks: Sequence[Look], score: str, higher: bool
+    ) -> tuple[dict[str, list[RunRecord]], dict[str, Look]]:
+        """Every arm and the baseline's twin on fresh paired seeds, up to the looks that end them; and these looks."""
+        runs: dict[str, list[RunRecord]] = {name: [] for name in (*(arm.name for arm in self.arms), TWIN)}
+        methods = [arm.name for arm in self.arms[1:]]
+
+        def judged(look: Look, going: Sequence[str]) -> dict[str, Comparison]:
+            for record in self.pool.run(self._pairs(chosen, going, range(len(runs[BASELINE]), look.pairs))):
+                runs[record.arm].append(record)
+            pairs = {name: runs[name] for name in (BASELINE, *going)}
+            found = compared(pairs, {score: higher}, dict.fromkeys(going, look), len(methods))
+            return {name: comparisons[score] for name, comparisons in found.items()}
+
+        ended = followed(looks, methods, judged)
+        last = next(look for look in looks if look.pairs == len(runs[BASELINE]))
+        return runs, ended | {TWIN: last}
+
+    def _pairs(self, chosen: Mapping[str, Mapping[str, Any]], going: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+        """Seed by seed, so that drift of the machine hits all arms alike."""
+        baseline, *others = self.arms
+        arms = [baseline, *(arm for arm in others if arm.name in going)]
+        jobs = [[self._job(arm, "confirm", chosen[arm.name], s) for arm in arms] for s in seeds]
         twin = [self._job(baseline, "twin", chosen[BASELINE], TWIN_SEED + s, split_seed=s, arm=TWIN) for s in seeds]
-        jobs = [self._job(arm, "confirm", chosen[arm.name], s) for s in seeds for arm in self.arms]
-        return _by_arm(self.pool.run([*jobs, *twin]))
+        return [job for same_seed, control in zip(jobs, twin, strict=True) for job in (*same_seed, control)]
 
-    def at_equal_time(
-        self, chosen: Mapping[str, Mapping[str, Any]], runs: Mapping[str, list[RunRecord]], steps: int
+    def at_equal(
+        self, role: str, chosen: Mapping[str, Mapping[str, Any]], runs: Mapping[str, list[RunRecord]]
     ) -> dict[str, list[RunRecord]]:
-        """Arms that cost more or less than the baseline, once more, with as many steps as fit into its time."""
-        ratios = {arm.name: cost_ratio(runs[arm.name], runs[BASELINE]) for arm in self.arms[1:]}
-        other = [arm for arm in self.arms[1:] if (r := ratios[arm.name]) and abs(r - 1) > SAME_TIME]
-        budgets = {arm.name: Budget(steps=max(1, round(steps / (ratios[arm.name] or 1)))) for arm in other}
-        seeds = [r.seed for r in runs[BASELINE]]
-        return _by_arm(
-            self.pool.run(
-                [
-                    self._job(arm, "equal-time", chosen[arm.name], s, budget=budgets[arm.name])
-                    for s in seeds
-                    for arm in other
-                ]
-            )
-        )
-
-
-def cost_ratio(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> float | None:
-    """Median over the seeds of the CPU seconds of an arm over those of the baseline; None if no pair finished."""
-    pairs = [(a.cpu_seconds, b.cpu_seconds) for a, b in zip(runs, baseline, strict=True) if a.seconds and b.seconds]
-    return median(a / b for a, b in pairs) if pairs else None
+        """Arms whose time (or examples) differ from the baseline's, once more on their seeds, with steps that fit."""
+        steps = {arm.name: steps_for(EQUAL[role], runs[arm.name], runs[BASELINE]) for arm in self.arms[1:]}
+        jobs = [
+            self._job(arm, role, chosen[arm.name], run.seed, budget=Budget(steps=n))
+            for i, run in enumerate(runs[BASELINE])
+            for arm in self.arms[1:]
+            if (n := steps[arm.name]) and i < len(runs[arm.name])
+        ]
+        return _by_arm(self.pool.run(jobs))
 
 
 def _by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -211,14 +245,50 @@ def _by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return found
 
 
+def _looks(
+    looks: Sequence[Look], ended: Mapping[str, Look], runs: Mapping[str, list[RunRecord]], score: str
+) -> list[dict[str, Any]]:
+    """The planned looks as plain values: which were made, and which arms each decided."""
+    methods = {name: look for name, look in ended.items() if name != TWIN}
+    verdicts = compared(runs, {score: False}, ended) if methods else {}
+    decided = {name for name in methods if verdicts[name][score].verdict in DECIDED}
+    return [
+        {
+            **asdict(look),
+            "made": look.alpha > 0 and look.pairs <= len(runs[BASELINE]),
+            "decided": [name for name in methods if name in decided and methods[name] == look],
+        }
+        for look in looks
+    ]
+
+
+def _earlier(store: Store, study: Study) -> list[int]:
+    """Numbers of pairs after which verdicts about these very runs were read in this store before."""
+    if not (store.directory / "study.json").exists():
+        return []
+    before = store.study()
+    if before.arms[0].runs[0].key != study.arms[0].runs[0].key:
+        return []
+    return sorted({*before.earlier, len(before.seeds)} - {len(study.seeds)})
+
+
 def _announcement(plan: Plan, arms: Sequence[Contender], left_out: Mapping[str, str], workers: int) -> str:
     lines = [
         f"{plan.runs} trainings of {', '.join(a.name for a in arms)} and an A/A control: "
-        f"{plan.trials} tuning trials an arm, then {plan.seeds} paired seeds, at equal steps and at equal time.",
+        f"{plan.trials} tuning trials an arm, then {plan.seeds} paired seeds, at equal steps, time and examples.",
+        *([_design(plan)] if len(plan.looks) > 1 else []),
         f"About {plan.seconds / 60:.1f} minutes with {workers} worker{'s' if workers > 1 else ''}.",
         _power(plan, max(1, len(arms) - 1)),
     ]
     return "\n".join(lines + [f"Left out: {name}: {reason}" for name, reason in left_out.items()])
+
+
+def _design(plan: Plan) -> str:
+    """The looks, and what each may spend, in a sentence."""
+    looks = [f"{look.pairs} pairs ({100 * look.alpha:.1f} %)" for look in plan.looks if look.alpha]
+    idle = [str(look.pairs) for look in plan.looks if not look.alpha]
+    nothing = f" {' and '.join(idle)} pairs are too few to decide anything." if idle else ""
+    return f"Verdicts are read after {' and '.join(looks)}, 5 % in all; arms that are decided stop.{nothing}"
 
 
 def _power(plan: Plan, methods: int) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from steep.evidence.statistics import minimum_detectable_effect, seeds_needed
+from steep.evidence.power import minimum_detectable_effect, seeds_needed
+from steep.evidence.sequential import Look, planned
 from steep.evidence.tuning import EXTRA_SEEDS
 
 SEEDS, TRIALS = 8, 8
+SEQUENTIAL_SEEDS = 16  # at most
 LADDER = ((16, 16), (16, 12), (8, 12), (8, 8), (4, 8), (4, 6), (2, 6))  # (trials, seeds), most to least
 
 
@@ -18,10 +21,12 @@ class Plan:
 
     Args:
         trials: tuning trials per arm.
-        seeds: paired confirmation seeds.
-        runs: trainings in all (an upper bound: some serve twice).
+        seeds: paired confirmation seeds, at most.
+        runs: trainings in all (an upper bound: some serve twice, and arms may be decided before the last seed; only
+            runs at equal examples, of methods that see other numbers of them, come on top).
         seconds: how long they should take.
         effect: smallest difference it would show in 4 of 5 studies, in standard deviations of the paired difference.
+        looks: after how many pairs verdicts are read; one look, unless the study is group-sequential.
     """
 
     trials: int
@@ -29,6 +34,7 @@ class Plan:
     runs: int
     seconds: float
     effect: float
+    looks: tuple[Look, ...]
 
 
 def tuning_runs(trials: int) -> int:
@@ -37,7 +43,15 @@ def tuning_runs(trials: int) -> int:
     return trials + (count * EXTRA_SEEDS if count > 1 else 0)
 
 
-def plan_of(run_seconds: Mapping[str, float], tuned: Mapping[str, bool], trials: int, seeds: int, workers: int) -> Plan:
+def plan_of(
+    run_seconds: Mapping[str, float],
+    tuned: Mapping[str, bool],
+    trials: int,
+    seeds: int,
+    workers: int,
+    *,
+    sequential: bool = False,
+) -> Plan:
     """Cost of that many trials and seeds.
 
     Args:
@@ -50,8 +64,9 @@ def plan_of(run_seconds: Mapping[str, float], tuned: Mapping[str, bool], trials:
     work = sum(tune[name] * seconds for name, seconds in run_seconds.items())
     work += seeds * (sum(run_seconds.values()) + baseline + slower * baseline)
     runs = sum(tune.values()) + seeds * (len(run_seconds) + 1 + slower)
-    effect = minimum_detectable_effect(1.0, seeds, alpha=0.05 / max(1, len(others))) if seeds >= 6 else float("inf")
-    return Plan(trials, seeds, runs, work / workers, effect)
+    looks = tuple(planned(seeds, max(1, len(others)), sequential=sequential))
+    effect = minimum_detectable_effect(1.0, seeds, looks[-1].alpha / max(1, len(others)))
+    return Plan(trials, seeds, runs, work / workers, effect, looks)
 
 
 def choose(
@@ -62,6 +77,7 @@ def choose(
     minutes: float | None,
     trials: int | None,
     seeds: int | None,
+    sequential: bool = False,
 ) -> Plan:
     """The largest plan that fits, or the standard one where no time is given; what the user fixed stays fixed.
 
@@ -69,10 +85,11 @@ def choose(
         ValueError: not even the smallest plan fits.
     """
     needed = seeds_needed(max(1, len(run_seconds) - 1))
+    plan = partial(plan_of, run_seconds, tuned, workers=workers, sequential=sequential)
     if minutes is None:
-        return plan_of(run_seconds, tuned, trials or TRIALS, seeds or max(SEEDS, needed), workers)
+        return plan(trials or TRIALS, seeds or max(SEQUENTIAL_SEEDS if sequential else SEEDS, needed))
     steps = {(trials or t, seeds or max(s, needed)): None for t, s in LADDER}
-    plans = [plan_of(run_seconds, tuned, t, s, workers) for t, s in steps]
+    plans = [plan(t, s) for t, s in steps]
     fitting = next((plan for plan in plans if plan.seconds <= 60 * minutes), None)
     if fitting is None:
         raise ValueError(

@@ -39,10 +39,18 @@ class Pool:
         workers: processes. Each has one thread: on small models two threads of one process are slower
             than two processes.
         advanced: called once for every job done, found in the store or run.
+        log: an Accelerate tracker's name, to log every training that is run.
     """
 
-    def __init__(self, source: Source, store: Store, workers: int, advanced: Callable[[], None] = lambda: None):
-        self.source, self.store, self.workers, self.advanced = source, store, workers, advanced
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        workers: int,
+        advanced: Callable[[], None] = lambda: None,
+        log: str | None = None,
+    ):
+        self.source, self.store, self.workers, self.advanced, self.log = source, store, workers, advanced, log
         self._versions: dict[tuple[str, ...], str] = {}
 
     def __enter__(self) -> Pool:
@@ -88,8 +96,9 @@ class Pool:
         return [replace(found[key], arm=job.arm, role=job.role) for key, job in zip(keys, jobs, strict=True)]
 
     def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> dict[str, RunRecord]:
+        where = str(self.store.directory)
         futures = {
-            self.executor.submit(_guarded, run_job, job, self.source, str(self.store.directory), self.code(job)): key
+            self.executor.submit(_guarded, run_job, job, self.source, where, self.code(job), self.log): key
             for key, job in jobs.items()
         }
         for future in as_completed(futures):

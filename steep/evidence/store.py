@@ -133,8 +133,8 @@ def _record(values: Mapping[str, Any]) -> RunRecord:
 
 
 def _arm(values: dict[str, Any]) -> Arm:
-    for key in ("trials", "runs", "equal_time"):
-        values[key] = [_record(r) for r in values[key]]
-    for key in ("scores", "scores_at_equal_time"):
-        values[key] = {name: Comparison(**_known(Comparison, c)) for name, c in values[key].items()}
+    for key in ("trials", "runs", "equal_time", "equal_examples"):
+        values[key] = [_record(r) for r in values.get(key, ())]
+    for key in ("scores", "scores_at_equal_time", "scores_at_equal_examples", "to_target"):
+        values[key] = {name: Comparison(**_known(Comparison, c)) for name, c in values.get(key, {}).items()}
     return Arm(**_known(Arm, values))

@@ -15,10 +15,11 @@ class RunRecord:
     Args:
         key: content address: of recipe source, methods, hyper-parameters, seeds, budget and code.
         arm: name of the arm it was made for.
-        role: "tune", "confirm", "twin" (the A/A control) or "equal-time".
+        role: "tune", "confirm", "twin" (the A/A control), "equal-time" or "equal-examples".
         methods: ids (or function names) applied to the recipe, with their hyper-parameters.
         lr_scale: factor on the learning rate of a recipe's own optimizer.
         outcome: "finished", "diverged" (a loss became NaN or infinite) or "failed" (with `message`).
+        preparation_seconds: CPU seconds before the first step, for data, model and what a method makes beforehand.
         curve: one entry per evaluation: step, examples, seconds, cpu_seconds, loss and the metric.
         val, test: final scores ("loss" and the metric's name); empty unless finished.
         digest: hash of every step's loss: equal digests are equal trajectories.
@@ -40,6 +41,7 @@ class RunRecord:
     test: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    preparation_seconds: float = 0.0
     peak_memory: int | None = None
     steps: int = 0
     examples: int = 0
@@ -65,6 +67,9 @@ class Comparison:
         mde: smallest difference that this many pairs would have shown in 4 of 5 studies.
         won: pairs in which the arm was better.
         verdict: "helps", "hurts", "no evidence" or "too few seeds".
+        alpha: share of the 5 % that the look which ended the arm could spend (all of it, unless the study is
+            group-sequential). `p_holm` is scaled by it, so that 0.05 decides; the interval has level 1 - alpha, which
+            covers in 95 % of studies at least, whatever look ended them.
     """
 
     score: str
@@ -78,6 +83,7 @@ class Comparison:
     mde: float
     won: int
     verdict: str
+    alpha: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,17 @@ class Arm:
         paper: link, where there is one.
         hyper: chosen hyper-parameters ("lr_scale" among them where the recipe's own optimizer is kept).
         trials: tuning runs, the published defaults first.
-        runs: confirmation runs in the order of the seeds.
-        equal_time: runs given as many steps as fit into the baseline's seconds; empty where `runs` serve.
+        runs: confirmation runs in the order of the seeds; those of the first seeds where a look ended the arm early.
+        equal_time: runs given as many steps as fit into the baseline's CPU seconds; empty where `runs` serve.
+        equal_examples: runs given as many steps as see the baseline's number of examples; empty where `runs` serve.
         scores: by score name ("loss", the metric), against the baseline at equal steps; empty for the baseline.
         scores_at_equal_time: the same at equal time.
-        time_to_target: per seed, seconds until the validation loss reached the baseline's median; None = never.
+        scores_at_equal_examples: the same at equal examples.
+        time_to_target: per seed, CPU seconds (preparation among them) until the validation loss reached the study's
+            `target_loss`; None = never.
+        steps_to_target: the same in steps.
+        to_target: "steps" and "seconds" to target against the baseline's by signed ranks, each a family of its own;
+            empty for baseline and control, and where there is no target.
         did_nothing: the trajectory with default settings equals the unchanged recipe's bit for bit.
     """
 
@@ -105,9 +117,13 @@ class Arm:
     trials: Sequence[RunRecord] = ()
     runs: Sequence[RunRecord] = ()
     equal_time: Sequence[RunRecord] = ()
+    equal_examples: Sequence[RunRecord] = ()
     scores: Mapping[str, Comparison] = field(default_factory=dict)
     scores_at_equal_time: Mapping[str, Comparison] = field(default_factory=dict)
+    scores_at_equal_examples: Mapping[str, Comparison] = field(default_factory=dict)
     time_to_target: Sequence[float | None] = ()
+    steps_to_target: Sequence[float | None] = ()
+    to_target: Mapping[str, Comparison] = field(default_factory=dict)
     did_nothing: bool = False
 
 
@@ -117,15 +133,20 @@ class Study:
 
     Args:
         recipe: the recipe's name.
-        source: how to name the recipe on the command line.
+        source: how to name the recipe on the command line; empty for a recipe made in memory.
         arms: the baseline first, then the others; the A/A control last.
         primary: the score that verdicts are about ("loss" unless asked otherwise).
         metrics: every score, mapped to whether higher is better.
-        seeds: confirmation seeds.
+        seeds: confirmation seeds, as many as the arm with most of them had.
         left_out: methods not run, with the reason.
-        target_loss: median final validation loss of the baseline.
+        target_loss: median final validation loss of the A/A control: the baseline on other seeds, so that no arm's own
+            runs set its target. None where half of them diverged.
         target_picture: PNG path, relative to the store, for recipes that draw one.
         warnings: sentences the reader must see.
+        looks: for each planned look its "pairs", "alpha" (what it could spend of the 5 %; 0: it could decide nothing)
+            and "decided", the arms whose verdict it brought; the last entry with "made" ended the study. One look,
+            unless the study is group-sequential.
+        earlier: other numbers of pairs after which verdicts were read in this store before.
         command: what to type to get this study again.
     """
 
@@ -139,4 +160,6 @@ class Study:
     target_loss: float | None = None
     target_picture: str | None = None
     warnings: Sequence[str] = ()
+    looks: Sequence[Mapping[str, Any]] = ()
+    earlier: Sequence[int] = ()
     command: str = ""

@@ -15,6 +15,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steep.evidence.power import minimum_detectable_effect, seeds_needed
 from steep.evidence.statistics import (
     adjust,
     band,
@@ -23,9 +24,7 @@ from steep.evidence.statistics import (
     estimate,
     holm,
     interval,
-    minimum_detectable_effect,
     paired_time_to_target,
-    seeds_needed,
     sign_flip_p,
 )
 

@@ -1,0 +1,127 @@
+"""Looks at some of the pairs: what they spend, whom they end, and that the protocol around them keeps its promises."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import steep
+from steep.evidence.sequential import Look, followed, planned
+from steep.evidence.statistics import adjust, compare
+from steep.evidence.store import Store
+
+
+@pytest.mark.parametrize("methods", [1, 2, 3, 6, 10, 20])
+@pytest.mark.parametrize("pairs", [6, 8, 12, 16, 24, 32])
+def test_looks_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pairs, methods):
+    looks = planned(pairs, methods, sequential=True)
+    assert [look.pairs for look in looks] == [pairs // 4, pairs // 2, pairs]
+    assert sum(look.alpha for look in looks) == pytest.approx(0.05)
+    for look in looks[:-1]:
+        smallest = 2.0 ** (1 - pairs // (pairs // look.pairs))
+        assert (look.alpha / smallest).is_integer()  # whole p-values: nothing is given away
+        assert look.alpha == 0 or look.alpha / methods >= smallest  # Holm's first step can be made
+        assert look.alpha <= 0.05 * look.pairs / pairs
+
+
+def test_four_pairs_can_spend_nothing_and_one_look_spends_all():
+    assert planned(16, 1, sequential=True)[0] == Look(4, 0)
+    assert planned(16, 1, sequential=False) == [Look(16, 0.05)]
+
+
+def test_an_arm_that_is_decided_is_not_looked_at_again():
+    looks, asked = [Look(4, 0), Look(8, 0.02), Look(16, 0.03)], []
+    clear, even = [1.0, 2.0, 1.5, 1.2, 0.9, 1.1, 1.3, 0.7] * 2, [1.0, -1.0] * 8
+
+    def judged(look, going):
+        asked.append((look.pairs, list(going)))
+        differences = {"clear": clear, "even": even}
+        alone = {name: compare([0.0] * look.pairs, differences[name][: look.pairs], alpha=look.alpha) for name in going}
+        return adjust(alone, 2)
+
+    assert followed(looks, ["clear", "even"], judged) == {"clear": looks[1], "even": looks[2]}
+    assert asked == [(8, ["clear", "even"]), (16, ["even"])]
+
+
+def test_nothing_is_made_once_all_are_decided():
+    looks = [Look(8, 0.02), Look(16, 0.03)]
+    asked = []
+
+    def judged(look, going):
+        asked.append(look.pairs)
+        return {
+            name: compare([0.0] * look.pairs, [1.0 + i for i in range(look.pairs)], alpha=look.alpha) for name in going
+        }
+
+    followed(looks, ["a"], judged)
+    assert asked == [8]
+
+
+def test_a_share_of_the_error_makes_p_larger_and_the_interval_wider():
+    arm, baseline = [0.7, 0.5, 0.6, 0.8, 0.6, 0.5, 0.4, 0.9], [0.9, 0.6, 0.7, 0.9, 0.9, 0.6, 0.45, 0.92]
+    whole, share = (compare(arm, baseline, alpha=alpha) for alpha in (0.05, 0.02))
+    assert share.p_holm == pytest.approx(whole.p_holm * 2.5)
+    assert share.low < whole.low
+    assert share.high > whole.high
+    assert (whole.verdict, share.verdict) == ("helps", "helps")
+    assert compare(arm, baseline, alpha=0.005).verdict == "no evidence"  # 8 pairs have no p-value below 0.0078
+
+
+def test_arms_decided_before_count_in_the_family():
+    alone = {"a": compare([0.0] * 8, [1.0 + i for i in range(8)])}
+    assert adjust(alone, 3)["a"].p_holm == pytest.approx(3 * alone["a"].p)
+    with pytest.raises(ValueError, match="at least the 2 comparisons given, got 1"):
+        adjust({**alone, "b": alone["a"]}, 1)
+
+
+def recipe():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([1.0, -2.0, 0.5])
+    return steep.Recipe(
+        data=lambda g: steep.split_loaders(x, y, g, batch_size=8, val=1 / 6, test=1 / 6),
+        model=lambda: nn.Linear(3, 1),
+        loss=lambda output, target: (output.squeeze(-1) - target).square(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        budget=steep.Budget(steps=12),
+        name="tiny",
+    )
+
+
+def fast(recipe):
+    """Far better than the baseline."""
+    return recipe.replace(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+
+
+def same(recipe):
+    """The baseline."""
+    return recipe
+
+
+def test_a_clear_method_stops_early_and_an_idle_one_goes_on(tmp_path):
+    study = steep.compare(
+        recipe(), [fast, same], seeds=16, trials=1, workers=1, out=tmp_path, sequential=True, progress=False
+    )
+    arms = {arm.name: arm for arm in study.arms}
+    made = {name: len(arm.runs) for name, arm in arms.items()}
+    assert made["fast"] < made["baseline"] == made["same"] == made["A/A"] == 16
+    assert arms["fast"].scores["loss"].verdict == "helps"
+    assert arms["same"].did_nothing
+    early = next(look for look in study.looks if "fast" in look["decided"])
+    assert early["pairs"] == made["fast"]
+    assert any("Decided at the look" in warning for warning in study.warnings)
+    assert math.isclose(sum(look["alpha"] for look in study.looks), 0.05)
+    kept, made = (json.dumps(dataclasses.asdict(s)) for s in (Store(tmp_path).study(), study))
+    assert kept == made
+
+
+def test_looking_again_with_more_seeds_is_told(tmp_path):
+    def study(seeds):
+        return steep.compare(recipe(), [fast], seeds=seeds, trials=1, workers=1, out=tmp_path, progress=False)
+
+    assert study(6).earlier == []
+    again = study(8)
+    assert again.earlier == [6]
+    assert any("after 6 pairs too" in warning for warning in again.warnings)
