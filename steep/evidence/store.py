@@ -54,6 +54,8 @@ class Store:
                 f"another compare is using the store {self.directory}: wait for it, or give another --out"
             ) from None
         try:
+            for draft in self.directory.rglob(".*.part"):  # of a process that was killed while it wrote
+                draft.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -72,6 +74,7 @@ class Store:
     def put(self, record: RunRecord) -> None:
         """Keep a run; from here on it is never repeated."""
         write_atomic(self.run_path(record.key), _text(record.to_json()))
+        _flush(self.directory / "runs")  # before its checkpoint goes
         self.checkpoint_path(record.key).unlink(missing_ok=True)
 
     def records(self) -> list[RunRecord]:
@@ -106,6 +109,17 @@ def open_store(directory: str | os.PathLike[str]) -> Store:
     if not Path(directory).is_dir():
         raise StoreError(f"no store at {directory}: run `steep compare ... --out {directory}` first")
     return Store(directory)
+
+
+def _flush(folder: Path) -> None:
+    """Have a folder's new names survive a loss of power, on systems where a folder can be opened."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _text(values: Mapping[str, Any]) -> str:
