@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -247,19 +248,16 @@ class Landscape:
 
         Args:
             cap: larger losses are drawn as this.
-            points: of a training, (T, 2), as in `Trajectory`.
+            points: of a training, (T, 2), as in `Trajectory`; drawn as its path.
             levels: number of contours.
         """
         worst = float(self.losses[self.losses.isfinite()].max())
-        losses = self.losses.nan_to_num(nan=worst, posinf=worst).clamp(max=math.inf if cap is None else cap)
+        losses = self.losses.nan_to_num(nan=worst, posinf=worst)
+        losses = losses if cap is None else losses.clamp(max=cap)
         if len(self.axes) == 1:
-            axis.plot(self.axes[0], losses)
+            axis.plot(*self.axes, losses)
         else:
-            low, high = float(losses.min()), float(losses.max())
-            even = torch.linspace(low, high, levels) if low <= 0 else _logspace(low, high, levels)
-            heights = sorted({*even.tolist()}) if high > low else None
-            found = axis.contourf(*self.axes, losses.T, levels=heights, cmap="viridis", norm=_norm(low), extend="both")
-            axis.figure.colorbar(found, ax=axis, format="%.2g")
+            _contours(axis, self.axes, losses, levels)
         if points is not None:
             axis.plot(*points.T, color="white", marker=".", markersize=4, linewidth=1)
         axis.plot(*([0.0] * len(self.axes)), *([self.center] if len(self.axes) == 1 else []), "+", color="C3")
@@ -269,14 +267,16 @@ class Landscape:
         return _figure(lambda axis: self.draw(axis, **options), path)
 
 
-def _logspace(low: float, high: float, count: int) -> Tensor:
-    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
-
-
-def _norm(low: float) -> Any:
+def _contours(axis: Any, axes: tuple[Tensor, ...], losses: Tensor, levels: int) -> None:
     from matplotlib.colors import LogNorm
 
-    return LogNorm() if low > 0 else None
+    low, high = float(losses.min()), float(losses.max())
+    high = high if high > low else low + 1
+    log = low > 0
+    between = np.geomspace(low, high, levels) if log else np.linspace(low, high, levels)
+    norm = LogNorm(low, high) if log else None
+    found = axis.contourf(*axes, losses.T, levels=between, cmap="viridis", norm=norm, extend="both")
+    axis.figure.colorbar(found, ax=axis, format="%.2g")
 
 
 def _figure(draw: Callable[[Any], None], path: str | os.PathLike[str] | None) -> Any:

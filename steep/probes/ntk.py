@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import skip_init
 
 from steep.card import Card, Paper
 from steep.per_example import PerExample
@@ -465,7 +466,7 @@ class NTKMLP(nn.Module):
         sizes = list(pairwise(widths))
         require("number of widths", len(sizes) + bool(sizes), len(sizes) > 0, "at least 2")
         self.activation, self.bias_std = activation, bias_std
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in sizes)
+        self.layers = nn.ModuleList(skip_init(nn.Linear, i, o, bias=False) for i, o in sizes)
         self.biases = nn.ParameterList(torch.empty(o) for _, o in sizes)
         for p in self.parameters():
             nn.init.normal_(p, generator=generator)

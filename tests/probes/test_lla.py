@@ -86,7 +86,7 @@ def test_landscape_of_a_quadratic_is_the_parabola():
 
 def test_center_is_the_models_own_loss_to_the_bit():
     model, loss = classifier()
-    expected = float(loss(model).mean())
+    expected = loss(model).mean().item()
     found = landscape(model, loss, random_directions(model, seeded()), steps=7)
     assert found.center == expected
     assert found.losses[3, 3] == expected
@@ -474,12 +474,12 @@ def pixels(path):
 def test_pictures_are_written_whole_and_show_what_is_asked(plane, tmp_path):
     pytest.importorskip("matplotlib")
     line = Landscape(plane.losses[:, 4], plane.axes[:1], 0.1)
-    path = torch.tensor([[0.8, 0.7], [0.3, 0.2], [0.0, 0.0]])
+    points = torch.tensor([[0.8, 0.7], [0.3, 0.2], [0.0, 0.0]])
     pictures = {
         "plane": lambda p: plane.picture(p),
         "capped": lambda p: plane.picture(p, cap=0.6),
         "levels": lambda p: plane.picture(p, levels=4),
-        "path": lambda p: plane.picture(p, points=path),
+        "path": lambda p: plane.picture(p, points=points),
         "line": lambda p: line.picture(p),
     }
     found = {}
