@@ -12,6 +12,7 @@ from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, l
 from steep.roles import param_roles
 from steep.saver import Interrupted
 from steep.tasks import task
+from steep.tracking import Log
 from steep.training import NonFinite
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "Data",
     "Indexed",
     "Interrupted",
+    "Log",
     "Mean",
     "Metric",
     "NonFinite",

@@ -1,16 +1,18 @@
-"""The command line: ``steep list | show | fit | compare | report``."""
+"""The command line: ``steep list | show | fit | compare | claims | report``."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import inspect
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 out = Console()
 
+Log = Annotated[str | None, typer.Option(help="tensorboard, wandb, mlflow or another of Accelerate's trackers")]
 Recipe = Annotated[str, typer.Argument(help="a task (see `steep list tasks`), file.py:recipe or package.module:recipe")]
 
 
@@ -93,11 +96,11 @@ def _hyper_table(c: Card) -> Table:
     for column in ("hyper-parameter", "default", "tuned over"):
         table.add_column(column)
     for name, default in c.hyper.items():
-        table.add_row(name, repr(default), _range(c.space.get(name)))
+        table.add_row(name, repr(default), range_text(c.space.get(name)))
     return table
 
 
-def _range(values: Range | Choice | None) -> str:
+def range_text(values: Range | Choice | None) -> str:
     if values is None:
         return ""
     if isinstance(values, Choice):
@@ -114,26 +117,52 @@ def fit(
         list[str] | None, typer.Option("--set", help="hyper-parameter: name=value or id.name=value")
     ] = None,
     seed: int = 0,
+    split_seed: Annotated[int | None, typer.Option(help="of the data split; --seed unless given")] = None,
     epochs: float | None = None,
     steps: int | None = None,
+    seconds: float | None = None,
+    lr_scale: Annotated[float, typer.Option(help="factor on the learning rate of the recipe's own optimizer")] = 1.0,
     checkpoint: Annotated[Path | None, typer.Option(help="file to go on from, and to save to")] = None,
     device: Annotated[str | None, typer.Option(help="cpu; by default the accelerator, if there is one")] = None,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
     accumulate: Annotated[int, typer.Option(help="parts to split each batch into, to save memory")] = 1,
+    threads: Annotated[int | None, typer.Option(help="of torch; runs of `steep compare` have 1")] = None,
+    log: Log = None,
+    json_: Annotated[bool, typer.Option("--json", help="print the result with all digits, as JSON")] = False,
 ) -> None:
     """Train a recipe once, with or without methods."""
+    from steep.evidence.jobs import arm_recipe
     from steep.evidence.source import load_recipe
 
+    if threads is not None:
+        torch.set_num_threads(threads)
+    ids = method or []
+    hyper = _hyper(set_ or [], ids)
     loaded = load_recipe(recipe)
-    if epochs is not None or steps is not None:
-        loaded = loaded.replace(budget=steep.Budget(epochs=epochs, steps=steps))
-    hyper = _hyper(set_ or [], method or [])
-    loaded = steep.compose(loaded, [(card(id), hyper[id]) for id in method or []])
+    limited = any(limit is not None for limit in (epochs, steps, seconds))
+    budget = steep.Budget(epochs, steps, seconds) if limited else loaded.budget
+    settings = {"lr_scale": lr_scale} | {f"{id}.{k}": v for id in ids for k, v in hyper[id].items()}
     result = steep.fit(
-        loaded, seed=seed, checkpoint=checkpoint, device=device, precision=precision, accumulate=accumulate
+        arm_recipe(loaded, {}, tuple((id, hyper[id]) for id in ids), lr_scale, budget),
+        seed=seed,
+        split_seed=split_seed,
+        checkpoint=checkpoint,
+        device=device,
+        precision=precision,
+        accumulate=accumulate,
+        log=steep.Log(log, config=settings) if log else None,
     )
+    print(_as_json(result) if json_ else _in_words(loaded.name, result))
+
+
+def _in_words(name: str, result: steep.Result) -> str:
     scores = "  ".join(f"test {name} {value:.4g}" for name, value in result.test.items())
-    print(f"{loaded.name}: {scores}  ({result.steps} steps, {result.seconds:.1f} s)")
+    return f"{name}: {scores}  ({result.steps} steps, {result.seconds:.1f} s)"
+
+
+def _as_json(result: steep.Result) -> str:
+    names = ("val", "test", "steps", "examples", "seconds", "cpu_seconds", "peak_memory")
+    return json.dumps({name: getattr(result, name) for name in names})
 
 
 def _hyper(settings: Iterable[str], methods: list[str]) -> dict[str, dict[str, Any]]:
@@ -171,6 +200,7 @@ def compare(
     ] = False,
     score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
     out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
+    log: Log = None,
 ) -> None:
     """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
     from steep.evidence import table
@@ -188,11 +218,40 @@ def compare(
         score=score,
         sequential=sequential,
         command=shlex.join(["steep", *sys.argv[1:]]),
+        log=log,
     )
     out.print(table.render(study))
     for sentence in table.sentences(study):
         out.print(sentence, highlight=False, markup=False)
     print(f"report: {out_ / 'report.html'}")
+
+
+@app.command()
+@_plainly
+def claims(
+    ids: Annotated[list[str] | None, typer.Argument(help="methods; all by default", show_default=False)] = None,
+    folder: Annotated[Path, typer.Option("--claims", help="folder of claims")] = Path("claims"),
+    ledger: Annotated[Path | None, typer.Option(help="folder of their outcomes (ledger, beside --claims)")] = None,
+    out_: Annotated[Path, typer.Option("--out", help="folder that keeps runs, to go on from")] = Path("out/claims"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="run each as small as possible, and keep nothing")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="show outcomes and whether the code has changed")] = False,
+    workers: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
+) -> None:
+    """Run papers' claims whose code has changed since they were last run, and show all verdicts."""
+    from steep.evidence import ledger as book
+
+    place = ledger or folder.parent / "ledger"
+    chosen = book.choose(book.load_claims(folder), ids or [])
+    for claim, path in chosen:
+        if smoke:
+            print(f"{claim.id}: {', '.join(book.smoke(claim)) or claim.reason}", flush=True)
+        elif not list_ and book.state(claim, path, book.read(place, claim.id)) != "current":
+            print(f"{claim.id}: running", file=sys.stderr, flush=True)
+            book.write(book.run(claim, path, out_, workers=workers), place)
+    if not smoke:
+        out.print(
+            _claims_table([(c, book.read(place, c.id), book.state(c, p, book.read(place, c.id))) for c, p in chosen])
+        )
 
 
 @app.command()
@@ -209,6 +268,21 @@ def report(
     study = store.study()
     out.print(table.render(study))
     print(f"report: {pages.write(study, directory)}")
+
+
+def _claims_table(rows: Iterable[tuple[Any, Any, str]]) -> Table:
+    from steep.evidence.verdicts import numbers
+
+    table = Table(box=None, header_style="bold")
+    for column in ("claim", "state", "verdict", "what was measured"):
+        table.add_column(column, no_wrap=column in ("claim", "state"))
+    for claim, entry, state in rows:
+        table.add_row(
+            claim.id, state, entry.verdict if entry else "", "" if entry and entry.quantities else claim.reason
+        )
+        for j in entry.quantities if entry else ():
+            table.add_row("", "", j.verdict, f"{j.quantity.name}: {numbers(j)}")
+    return table
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import nn
 
 from steep import checkpoint as checkpoints
@@ -16,6 +17,7 @@ from steep.measure import PeakMemory
 from steep.randomness import stream_seed
 from steep.recipe import Recipe
 from steep.saver import Saver
+from steep.tracking import Log, as_log, logged
 from steep.training import History, NonFinite, Training, accelerator
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
@@ -26,8 +28,8 @@ class Result:
     """A finished training.
 
     `val` and `test` map "loss" and the metric's name to their final values. `seconds` and `cpu_seconds` are of
-    training alone, `other_seconds` (CPU) of evaluating and saving. `peak_memory` is in bytes, `None` where it cannot
-    be known. `horizon` is the number of steps the budget stood for, or `None`.
+    training alone, `preparation_seconds` (CPU) of building its parts, `other_seconds` (CPU) of evaluating and saving.
+    `peak_memory` is in bytes, `None` where it cannot be known; `horizon` the steps the budget stood for, or `None`.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Result:
     examples: int
     seconds: float
     cpu_seconds: float
+    preparation_seconds: float
     other_seconds: float
     peak_memory: int | None
     horizon: int | None
@@ -55,6 +58,7 @@ def fit(
     evaluate_every: int | None = None,
     save_every: float = 0.0,
     progress: bool | None = None,
+    log: str | GeneralTracker | Log | None = None,
 ) -> Result:
     """Run a recipe.
 
@@ -72,6 +76,7 @@ def fit(
         evaluate_every: steps between evaluations; by default 25 evaluations over the training.
         save_every: seconds between checkpoints, at least; by default one at every evaluation.
         progress: show a progress bar; by default on a terminal.
+        log: "tensorboard", "wandb", "mlflow" or another of Accelerate's trackers; a `Log` also says where.
 
     Raises:
         NonFinite: a loss was NaN or infinite; names the step, the examples and the last good checkpoint.
@@ -87,7 +92,8 @@ def fit(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
-    hardware = accelerator(device, precision)
+    log = as_log(log)
+    hardware = accelerator(device, precision, log)
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(seed, "model"))
         memory = PeakMemory(hardware.device)
@@ -97,14 +103,15 @@ def fit(
         if path is not None and path.exists():
             training.load_state_dict(checkpoints.load(path), path)
         saver = Saver(training, path, save_every)
-        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress)
+        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress, log)
         return _result(training, memory)
 
 
-def _train(training: Training, saver: Saver, every: int | None, progress: bool) -> None:
+def _train(training: Training, saver: Saver, every: int | None, progress: bool, log: Log | None) -> None:
     """Step until the budget ends, evaluating, saving and minding Ctrl-C on the way."""
-    every = every or _interval(training.run.horizon, training.run.steps_per_epoch)
-    with interrupts() as interrupted, bar(training, progress) as show:
+    horizon = training.run.horizon
+    every = every or (max(1, horizon // EVALUATIONS) if horizon else training.run.steps_per_epoch)
+    with interrupts() as interrupted, bar(training, progress) as shown, logged(training, log, shown) as show:
         training.stopwatch.start()
         while not training.finished():
             try:
@@ -121,10 +128,6 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool) 
         saver.save()
 
 
-def _interval(horizon: int | None, steps_per_epoch: int) -> int:
-    return max(1, horizon // EVALUATIONS) if horizon else steps_per_epoch
-
-
 def _result(training: Training, memory: PeakMemory) -> Result:
     data, last = training.run.data, training.history.evaluations[-1]
     val = {key: value for key, value in last.items() if key not in ("step", "examples", "seconds", "cpu_seconds")}
@@ -139,6 +142,7 @@ def _result(training: Training, memory: PeakMemory) -> Result:
         examples=training.examples,
         seconds=seconds,
         cpu_seconds=cpu_seconds,
+        preparation_seconds=training.preparation_seconds,
         other_seconds=training.stopwatch.paused,
         peak_memory=memory.read(),
         horizon=training.run.horizon,

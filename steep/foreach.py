@@ -191,7 +191,8 @@ def _check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: 
     owner = type(optimizer).__name__
     if hasattr(param, "to_local"):
         raise RuntimeError(
-            f"{owner} cannot step sharded parameters ({param.__name__}): use DDP, which keeps them whole"
+            f"{owner} cannot step sharded parameters ({param.__name__}): use DDP, which keeps them whole, or "
+            "steep.adapters.distributed.sharded for an elementwise rule"
         )
     if layout is not torch.strided:
         raise RuntimeError(f"{owner} needs dense gradients, got {layout}: use sparse=False, or torch.optim.SparseAdam")

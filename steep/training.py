@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from steep.needs import Facts, check_losses, check_needs
 from steep.randomness import Stream, generator
 from steep.recipe import Recipe, Run
 from steep.scoring import evaluating, score
+from steep.tracking import Log
 
 
 @dataclass
@@ -41,14 +43,14 @@ class RunError(RuntimeError):
     """A training of a comparison raised; the message names the arm, the seed and the place."""
 
 
-def accelerator(device: str | None, precision: str) -> Accelerator:
+def accelerator(device: str | None, precision: str, log: Log | None = None) -> Accelerator:
     """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
     if precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"precision={precision!r} must be 'no', 'bf16' or 'fp16'")
     if device not in (None, "cpu"):
         raise ValueError(f"device={device!r} must be None (the accelerator, if there is one) or 'cpu'")
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    found = Accelerator(cpu=device == "cpu", mixed_precision=precision, **(log.accelerate() if log else {}))
     if found.num_processes > 1:
         raise ValueError(f"fit runs in one process, not in {found.num_processes}: start it without a launcher")
     return found
@@ -58,6 +60,7 @@ class Training:
     """Everything one run is made of: built in the order data, model, loss, rule, optimizer, scheduler, rounds."""
 
     def __init__(self, recipe: Recipe, seed: int, split_seed: int, accelerator: Accelerator, accumulate: int = 1):
+        started = time.process_time()
         self.recipe, self.accelerator, self.accumulate = recipe, accelerator, accumulate
         self.device = accelerator.device
         data = recipe.data(generator(split_seed, "split"))
@@ -86,7 +89,9 @@ class Training:
         self.steps = [part.step for part in changing if hasattr(part, "step")]
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
-        self.needs_closure = "closure" in self.needs["optimizer"] or _requires_closure(plain)
+        self.needs_closure = "closure" in self.needs["optimizer"] or requires_closure(plain)
+        self.rule_wants_closure = "closure" in self.needs["rule"]
+        self.preparation_seconds = time.process_time() - started
         self.vector_for = next((_name(self.named[k]) for k, needs in self.needs.items() if "losses" in needs), None)
 
     def _rounds(self, seed: int) -> Iterator[Tensor | float]:
@@ -116,32 +121,37 @@ class Training:
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
         """The losses of a batch, and their mean."""
-        if self.device.type != "cpu":
-            batch = send_to_device(tuple(batch), self.device)
-        batch = Batch(*batch)
+        batch = self._placed(batch)
         self.examples += batch.size
-        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
-        losses = self.loss(model(batch.x), batch.y, **memory)
+        losses = self._evaluate(model, batch)
         check_losses(losses, batch.size, needed_by=self.vector_for)
         mean = losses.detach().mean().item()
         if not math.isfinite(mean):
             raise NonFinite(self._diagnosis(batch, losses))
         return losses, mean
 
+    def _placed(self, batch: Any) -> Batch:
+        return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
+
+    def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
+        return self.loss(model(batch.x), batch.y, **memory)
+
+    def _backward(self, batch: Batch, scale: float) -> float:
+        """Have the rule fill ``.grad``, and return the batch's mean loss."""
+        losses, mean = self._forward(self.model, batch)
+        again = {"closure": lambda: self._evaluate(self.model, self._placed(batch))} if self.rule_wants_closure else {}
+        self.rule(losses, scale=scale, **again)
+        return mean
+
     def gradient(self, batch: Batch) -> float:
         """Fill ``.grad`` from one batch, in `accumulate` parts, and return its mean loss."""
         self.optimizer.zero_grad()
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         if self.accumulate == 1:
-            losses, mean = self._forward(self.model, batch)
-            self.rule(losses, scale=scale)
-            return mean
-        total = 0.0
-        for part in _parts(batch, self.accumulate):
-            losses, mean = self._forward(self.model, part)
-            self.rule(losses, scale=scale * part.size / batch.size)
-            total += mean * part.size / batch.size
-        return total
+            return self._backward(batch, scale)
+        shares = [(part, part.size / batch.size) for part in _parts(batch, self.accumulate)]
+        return sum(self._backward(part, scale * share) * share for part, share in shares)
 
     def train_step(self, batch: Batch) -> float:
         """One optimizer step; the mean loss it started from."""
@@ -254,7 +264,8 @@ def _shorten(items: list[int], most: int = 8) -> str:
     return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def _requires_closure(optimizer: Any) -> bool:
+def requires_closure(optimizer: Any) -> bool:
+    """Whether an optimizer's `step` cannot do without a closure, as `torch.optim.LBFGS`'s."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

@@ -1,5 +1,9 @@
 """The command line as a newcomer meets it: right input, wrong input, exit codes."""
 
+import csv
+import html
+import json
+import shlex
 import sys
 
 import pytest
@@ -85,6 +89,8 @@ def test_fit_trains_with_and_without_methods(monkeypatch, capsys, recipe_file, t
         (("--method", "ps-kd"), "needs class labels"),
         (("--steps", "0"), "steps=0 must be positive"),
         (("--precision", "fp8"), "precision='fp8'"),
+        (("--seconds", "-1"), "seconds=-1.0 must be positive"),
+        (("--log", "tensorbord"), "log='tensorbord' is no tracker"),
     ],
 )
 def test_fit_with_wrong_input(monkeypatch, capsys, recipe_file, arguments, message):
@@ -96,17 +102,42 @@ def test_compare_prints_table_verdicts_and_the_reports_path_and_report_prints_th
     monkeypatch, capsys, recipe_file, tmp_path
 ):
     out = tmp_path / "out"
-    options = ("--seeds", 2, "--trials", 1, "--workers", 1, "--out", out)
+    options = ("--seeds", 2, "--trials", 1, "--workers", 1, "--out", out, "--log", "tensorboard")
     assert run(monkeypatch, "compare", recipe_file, "--methods", "adabelief", "sgdp", *options) == 0
     shown = capsys.readouterr()
     assert "2 seeds give numbers, but no verdict" in shown.err
     assert "adabelief" in shown.out
     assert "report.html" in shown.out
     assert "--methods adabelief sgdp" in Store(out).study().command
+    logged = {path.name.rpartition("-")[2] for path in (out / "log").iterdir()}
+    assert logged == {record.key for record in Store(out).records()}
+    (out / "report.md").unlink()
+    (out / "report.csv").write_text("old")
     assert run(monkeypatch, "report", out) == 0
     assert "sgdp" in capsys.readouterr().out
+    assert all("sgdp" in (out / f"report.{kind}").read_text() for kind in ("md", "csv", "html"))
     assert run(monkeypatch, "report", tmp_path / "absent") == 2
     assert "no store at" in capsys.readouterr().err
+
+
+def test_every_line_of_the_report_repeats_its_run_bit_for_bit(monkeypatch, capsys, recipe_file, tmp_path):
+    out = tmp_path / "out"
+    options = ("--seeds", 2, "--trials", 2, "--workers", 1, "--out", out)
+    assert run(monkeypatch, "compare", recipe_file, "--methods", "adabelief", "sven+sgdp", *options) == 0
+    capsys.readouterr()
+    rows = list(csv.DictReader((out / "report.csv").open()))
+    assert len(rows) >= 2 * 4 + 2 * 5  # trials and confirmation runs of four arms, and the control's
+    for row in rows:
+        assert run(monkeypatch, *shlex.split(row["command"])[1:], "--json") == 0
+        again = json.loads(capsys.readouterr().out)
+        assert (again["test"]["loss"], again["val"]["loss"]) == (float(row["test_loss"]), float(row["val_loss"]))
+        assert again["steps"] == int(row["steps"])
+    lines = " ".join(row["command"] for row in rows)
+    assert all(option in lines for option in ("--lr-scale", "--split-seed", "--method adabelief", "--set sgdp.lr="))
+    page = html.unescape((out / "report.html").read_text())
+    shown = [row["command"] for row in rows if row["role"] in ("confirm", "twin") and row["split_seed"] == "0"]
+    assert len(shown) == 5
+    assert all(f"<code>{line}</code>" in page for line in shown)
 
 
 def test_hyper_parameters_of_several_methods_are_told_apart():

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steep.backward._conditions import check_vector, conditions
 from steep.card import Card, Paper, log_uniform
-from steep.needs import NEEDS
 from steep.per_example import PerExample
 from steep.recipe import Recipe
 from steep.validation import Ranges, check_ranges
@@ -108,18 +108,12 @@ class Sven:
         rows = self.engine.rows(losses)
         if self.param_fraction < 1:
             rows = rows.restrict(self.param_fraction, self.generator)
-        residuals, weights = self.conditions(losses.detach().double())
+        means = self._grouped(losses.detach().double()) / self.micro_batch
+        residuals, slopes = conditions(means, self.kappa)
+        weights = slopes.repeat_interleave(self.micro_batch) / self.micro_batch
         gram = self._grouped(self._grouped(rows.gram() * weights * weights[:, None]).T)
         w = self.solve(gram, residuals).repeat_interleave(self.micro_batch) * weights
         rows.backward(w * scale)
-
-    def conditions(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Conditions r (B / micro_batch,), and the derivative of each by its examples' numbers (B,)."""
-        means = self._grouped(v) / self.micro_batch
-        slopes = self.kappa / 2 * means.abs() ** (self.kappa / 2 - 1)
-        slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
-        residuals = means.sign() * means.abs() ** (self.kappa / 2)
-        return residuals, slopes.repeat_interleave(self.micro_batch) / self.micro_batch
 
     def _grouped(self, t: Tensor) -> Tensor:
         """Sums over groups of `micro_batch` consecutive entries of the first dimension."""
@@ -159,8 +153,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_divides(micro_batch: int, losses: Tensor) -> None:
-    if losses.ndim == 0:
-        raise ValueError(f"Sven needs one loss per example, but got a scalar: {NEEDS['losses'].remedy}")
+    check_vector("Sven", losses)
     if len(losses) % micro_batch:
         raise ValueError(f"micro_batch={micro_batch} must divide the number of examples, {len(losses)}")
 

@@ -27,6 +27,7 @@ from steep.evidence.store import Store
 from steep.evidence.study import Comparison, RunRecord, Study
 from steep.needs import UnmetNeed
 from steep.recipe import Budget, Recipe
+from steep.tracking import as_log
 from steep.training import NonFinite
 
 TWIN_SEED = 500_000  # the twin's initialisation and order start here; its splits are the baseline's
@@ -46,6 +47,7 @@ def compare(
     sequential: bool = False,
     progress: bool = True,
     command: str = "",
+    log: str | None = None,
 ) -> Study:
     """Compare methods with a recipe, with equal tuning, paired seeds and controls, and write the report.
 
@@ -66,6 +68,8 @@ def compare(
             stay at 5 % in all. Worth it where effects are large.
         progress: show on standard error what will be run, and how far it is.
         command: what to type to get this study again, for the report.
+        log: log every training that is run to this Accelerate tracker ("tensorboard", "wandb", "mlflow", ...), in the
+            folder `log` of `out`.
 
     Raises:
         UnknownName, RecipeError: the recipe or a method cannot be found.
@@ -81,6 +85,7 @@ def compare(
         >>> study.arms[2].name, study.arms[2].scores["loss"].verdict
         ('adabelief', 'too few seeds')
     """
+    as_log(log)
     named = methods if not isinstance(methods, str) else [methods]
     own = {c.id: c for c in (own_card(m) for m in named if not isinstance(m, (str, tuple)))}
     if isinstance(recipe, str) and own:
@@ -94,7 +99,7 @@ def compare(
     arms, workers = contenders(loaded, wanted), workers or os.cpu_count() or 1
     console = Console(stderr=True, quiet=not progress)
     store = Store(out)
-    with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done) as pool:
+    with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done, log) as pool:
         comparison = _Comparison(loaded, source, store, pool, arms)
         checks, left_out = comparison.check(lenient=methods == "all")
         steps = comparison.fix_steps(checks[BASELINE])
@@ -109,7 +114,7 @@ def compare(
         equal = {role: comparison.at_equal(role, chosen, runs) for role in EQUAL}
     study = Study(
         recipe=loaded.name,
-        source=source.name,
+        source=source.name if isinstance(recipe, str) else "",
         arms=assemble(comparison.arms, choices, runs, equal, metrics, ended),
         primary=score,
         metrics=metrics,

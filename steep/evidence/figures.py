@@ -64,7 +64,8 @@ def nice_log(low: float, high: float) -> list[float]:
     fine = [v for k in powers for m in (1, 2, 5) if low <= (v := m * 10.0**k) <= high]
     if len(fine) < 2:
         return nice(low, high)
-    return fine if len(fine) <= 6 else [10.0**k for k in powers[:: len(powers) // 6 + 1] if low <= 10.0**k <= high]
+    sparse = len(powers) // 6 + 1
+    return fine if len(fine) <= 6 else [10.0**k for k in powers if k % sparse == 0 and low <= 10.0**k <= high]
 
 
 def value_axis(values: Iterable[float], *, log: bool) -> Axis:
@@ -81,10 +82,7 @@ def value_axis(values: Iterable[float], *, log: bool) -> Axis:
 def forest(study: Study) -> dict[str, Any]:
     """Intervals of every arm's difference at equal steps and at equal time, on one axis."""
     higher = study.metrics.get(study.primary, False)
-    arms = [
-        (arm, {when: scores[study.primary] for when, scores in _conditions(arm) if study.primary in scores})
-        for arm in table.ranked(study)[1:]
-    ]
+    arms = [(arm, table.comparisons(arm, study.primary)) for arm in table.ranked(study)[1:]]
     comparisons = [c for _, found in arms for c in found.values()]
     axis = _forest_axis(comparisons, higher)
     return {
@@ -101,10 +99,6 @@ def forest(study: Study) -> dict[str, Any]:
             if found
         ],
     }
-
-
-def _conditions(arm: Arm) -> tuple[tuple[str, Mapping[str, Comparison]], ...]:
-    return ("equal steps", arm.scores), ("equal time", arm.scores_at_equal_time)
 
 
 def _forest_axis(comparisons: Sequence[Comparison], higher: bool) -> Axis:
@@ -126,9 +120,18 @@ def _ratio_ticks(axis: Axis) -> list[tuple[float, str]]:
     """Ticks of a logarithm, labelled in per cent, or as factors where the axis spans more than eightfold."""
     if axis.high - axis.low < math.log(8):
         percents = nice(100 * math.expm1(axis.low), 100 * math.expm1(axis.high), most=8)
-        return [(math.log1p(p / 100), f"{_signed(p)} %") for p in percents if p > -100]
+        return spaced(axis, [(math.log1p(p / 100), f"{_signed(p)} %") for p in percents if p > -100])
     factors = nice_log(math.exp(axis.low), math.exp(axis.high))
-    return [(math.log(f), f"×{f:g}" if f > 1 else f"÷{1 / f:g}" if f < 1 else "1") for f in factors]
+    return spaced(axis, [(math.log(f), f"×{f:g}" if f > 1 else f"÷{1 / f:g}" if f < 1 else "1") for f in factors])
+
+
+def spaced(axis: Axis, ticks: Sequence[tuple[float, str]], gap: float = 14.0) -> list[tuple[float, str]]:
+    """Ticks at least `gap` per cent of the axis apart, so that labels do not overlap; zero and what is near it stay."""
+    kept: list[tuple[float, str]] = []
+    for tick in sorted(ticks, key=lambda tick: abs(tick[0])):
+        if all(abs(axis.at(tick[0]) - axis.at(other)) >= gap for other, _ in kept):
+            kept.append(tick)
+    return sorted(kept)
 
 
 def _signed(value: float) -> str:
@@ -159,13 +162,15 @@ def times_to_target(study: Study) -> dict[str, Any]:
     """When each arm's validation loss reached the baseline's final median, one point for each seed."""
     arms = [arm for arm in table.ranked(study) if arm.time_to_target]
     axis = value_axis([t for arm in arms for t in arm.time_to_target if t is not None], log=False)
-    return {"axis": axis, "rows": [_times(arm, study, axis) for arm in arms]}
+    rows = [_times(arm, study, axis) for arm in arms]
+    return {"axis": axis, "rows": rows, "steps": any(row["fewer"] for row in rows), "family": any(map(_raced, arms))}
 
 
 def _times(arm: Arm, study: Study, axis: Axis) -> dict[str, Any]:
     times, base = [math.inf if t is None else t for t in arm.time_to_target], study.arms[0].time_to_target
-    middle, reached = median_low(times), [t for t in times if math.isfinite(t)]
-    paired = arm is not study.arms[0] and len(times) == len(base)
+    middle, reached, raced = median_low(times), [t for t in times if math.isfinite(t)], dict(_raced(arm))
+    if arm is not study.arms[0] and not raced:
+        raced["seconds"] = paired_time_to_target(arm.time_to_target, base[: len(times)])
     return {
         "name": arm.name,
         "control": arm.name == table.CONTROL,
@@ -173,12 +178,18 @@ def _times(arm: Arm, study: Study, axis: Axis) -> dict[str, Any]:
         "mid": axis.at(middle) if math.isfinite(middle) else None,
         "median": f"{middle:.3g} s" if math.isfinite(middle) else "not reached",
         "reached": f"{len(reached)} of {len(times)}",
-        "sooner": _sooner(paired_time_to_target(arm.time_to_target, base)) if paired else "",
+        "sooner": _sooner(raced.get("seconds")),
+        "fewer": _sooner(raced.get("steps")),
     }
 
 
-def _sooner(c: Comparison) -> str:
-    return f"{c.won} of {len(c.differences)} (p {table.equation(c.p)})"
+def _raced(arm: Arm) -> Mapping[str, Comparison]:
+    """Steps and seconds to target against the baseline's, methods judged as a family, where the study holds them."""
+    return arm.to_target
+
+
+def _sooner(c: Comparison | None) -> str:
+    return "" if c is None else f"{c.won} of {len(c.differences)} (p {table.equation(c.p_holm)})"
 
 
 def tuning(study: Study) -> dict[str, Any]:
@@ -241,7 +252,7 @@ def styles(study: Study) -> dict[str, dict[str, Any]]:
 
 def _drawn(arm: Arm, study: Study, scores: Sequence[str], ratio: bool) -> dict[str, Any]:
     def runs(of: Arm, by: str) -> Sequence[RunRecord]:
-        return of.equal_time or of.runs if by == "seconds" else of.runs
+        return dict(table.kinds(of)).get({"seconds": "equal time", "examples": "equal examples"}.get(by, ""), of.runs)
 
     series = {s: {by: _quartiles(runs(arm, by), by, s, study.metrics[s]) for by in BY} for s in scores}
     if ratio:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import struct
 import sys
 import threading
@@ -31,6 +32,7 @@ from steep.evidence.study import RunRecord
 from steep.files import write_atomic
 from steep.fit import EVALUATIONS, Result, fit
 from steep.recipe import Budget, Recipe, compose
+from steep.tracking import Log
 from steep.training import NonFinite
 
 PREFLIGHT_SECONDS = 0.3
@@ -130,8 +132,8 @@ def preflight(contender: Contender, source: Source) -> Check:
     return Check(trained.cpu_seconds / trained.steps, evaluation * EVALUATIONS, trained.horizon)
 
 
-def run_job(job: Job, source: Source, directory: str, code: str) -> RunRecord:
-    """Train, score, keep. A run that diverges is a result; any other error is raised.
+def run_job(job: Job, source: Source, directory: str, code: str, log: str | None = None) -> RunRecord:
+    """Train, score, keep, and log where asked to. A run that diverges is a result; any other error is raised.
 
     Returns:
         The record, which is in the store by then.
@@ -148,6 +150,7 @@ def run_job(job: Job, source: Source, directory: str, code: str) -> RunRecord:
             checkpoint=store.checkpoint_path(key),
             save_every=SAVE_EVERY,
             progress=False,
+            log=job_log(job, log, store, key) if log else None,
         )
         outcome = _finished(trained, recipe, store, key)
     except NonFinite as error:
@@ -157,8 +160,19 @@ def run_job(job: Job, source: Source, directory: str, code: str) -> RunRecord:
     return record
 
 
+def job_log(job: Job, to: str, store: Store, key: str) -> Log:
+    """Where a run of a study is logged: in the store's folder `log`, under a name that ends with its key."""
+    name = re.sub(r"[^\w.+-]", "-", f"{job.arm}-{job.role}-{job.seed}-{key}")
+    hyper = {f"{id}.{k}": v for id, given in job.methods for k, v in given.items()}
+    config = {"arm": job.arm, "role": job.role, "split_seed": job.split_seed, "lr_scale": job.lr_scale, **hyper}
+    return Log(to, store.directory / "log", name, config)
+
+
 def _finished(trained: Result, recipe: Recipe, store: Store, key: str) -> dict[str, Any]:
-    costs = {k: getattr(trained, k) for k in ("steps", "examples", "seconds", "cpu_seconds", "peak_memory")}
+    costs = {
+        k: getattr(trained, k)
+        for k in ("steps", "examples", "seconds", "cpu_seconds", "preparation_seconds", "peak_memory")
+    }
     return costs | {
         "outcome": "finished",
         "curve": trained.history.evaluations,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
@@ -20,6 +20,7 @@ from steep.evidence.store import Store
 from steep.evidence.study import RunRecord
 from steep.training import RunError
 
+T = TypeVar("T")
 RESTARTS = 3  # of the whole pool, when the system kills a worker (out of memory)
 
 
@@ -39,10 +40,18 @@ class Pool:
         workers: processes. Each has one thread: on small models two threads of one process are slower
             than two processes.
         advanced: called once for every job done, found in the store or run.
+        log: an Accelerate tracker's name, to log every training that is run.
     """
 
-    def __init__(self, source: Source, store: Store, workers: int, advanced: Callable[[], None] = lambda: None):
-        self.source, self.store, self.workers, self.advanced = source, store, workers, advanced
+    def __init__(
+        self,
+        source: Source,
+        store: Store,
+        workers: int,
+        advanced: Callable[[], None] = lambda: None,
+        log: str | None = None,
+    ):
+        self.source, self.store, self.workers, self.advanced, self.log = source, store, workers, advanced, log
         self._versions: dict[tuple[str, ...], str] = {}
 
     def __enter__(self) -> Pool:
@@ -77,26 +86,33 @@ class Pool:
             if key in found:
                 self.advanced()
         missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
-        for restart in range(RESTARTS + 1):
-            try:
-                found |= self._run_missing({key: job for key, job in missing.items() if key not in found}, found)
-                break
-            except TerminatedWorkerError:
-                if restart == RESTARTS:
-                    raise
-                self._start()
+        self._insist(lambda: self._run_missing(missing, found))
         return [replace(found[key], arm=job.arm, role=job.role) for key, job in zip(keys, jobs, strict=True)]
 
-    def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> dict[str, RunRecord]:
+    def _insist(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns, after another with new workers where the system killed one."""
+        for _ in range(RESTARTS):
+            try:
+                return attempt()
+            except TerminatedWorkerError:
+                self.executor.shutdown(wait=True, kill_workers=True)  # so that none is still writing
+                self._start()
+        return attempt()
+
+    def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> None:
+        """Add to `found` what it lacks; what a killed pool had kept, but not handed over, is taken from the store."""
+        kept = {key: self.store.get(key) for key in jobs if key not in found}
+        found |= {key: record for key, record in kept.items() if record is not None}
+        where = str(self.store.directory)
         futures = {
-            self.executor.submit(_guarded, run_job, job, self.source, str(self.store.directory), self.code(job)): key
+            self.executor.submit(_guarded, run_job, job, self.source, where, self.code(job), self.log): key
             for key, job in jobs.items()
+            if key not in found
         }
         for future in as_completed(futures):
             key = futures[future]
             found[key] = self._result(future, jobs[key])
             self.advanced()
-        return found
 
     def _result(self, future: Future[Any], job: Job) -> Any:
         result = future.result()
@@ -106,8 +122,12 @@ class Pool:
 
     def apply(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Call a function in the workers; a call that raised gives a `Failure`."""
-        futures = [self.executor.submit(_guarded, function, *args) for args in arguments]
-        return [future.result() for future in futures]
+
+        def attempt() -> list[Any]:
+            futures = [self.executor.submit(_guarded, function, *args) for args in arguments]
+            return [future.result() for future in futures]
+
+        return self._insist(attempt)
 
 
 def _start(parent: int) -> None:

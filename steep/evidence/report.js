@@ -1,6 +1,14 @@
 "use strict";
+// Opens what is folded before the page is printed, and folds it again after.
+addEventListener("beforeprint", () => {
+  for (const fold of document.querySelectorAll("details:not([open]):not(.screen)")) {
+    fold.open = true;
+    addEventListener("afterprint", () => { fold.open = false; }, { once: true });
+  }
+});
+
 // Draws the learning curves: the form says which, Plotly (embedded, compressed) draws them.
-(async () => {
+if (document.getElementById("curves")) (async () => {
   const study = JSON.parse(document.getElementById("curves").textContent);
   const form = document.getElementById("view");
   const plot = document.getElementById("plot");
@@ -50,7 +58,7 @@
     const type = scalable && form.elements.scale.value === "log" ? "log" : "linear";
     const what = y === "ratio" ? "loss ÷ baseline’s" : y;
     const drawn = view.getAll("arm").map((i) => [study.arms[i], study.arms[i].series[y][x]]).filter(([, s]) => s);
-    const traces = drawn.map(([arm, s]) => band(arm, s));
+    const traces = view.get("bands") === "shown" ? drawn.map(([arm, s]) => band(arm, s)) : [];
     if (y === "ratio" && drawn.length) traces.push(reference(1, drawn, "solid"));
     if (y === "loss" && drawn.length && study.target !== null) traces.push(reference(study.target, drawn, "dot"));
     traces.push(...drawn.map(([arm, s]) => line(arm, s, x === "step" ? "steps" : x, what)));
@@ -77,6 +85,11 @@
     return done("failed");
   }
   form.addEventListener("change", draw);
+  form.addEventListener("click", ({ target }) => {
+    if (target.type !== "button") return;
+    for (const box of form.querySelectorAll("[name=arm]")) box.checked = Boolean(target.value);
+    draw();
+  });
   addEventListener("beforeprint", () => Plotly.relayout(plot, { width: 680, height: 330, "font.size": 10 }));
   addEventListener("afterprint", () => Plotly.relayout(plot, { width: null, height: null, "font.size": 13, autosize: true }));
   done("ready");

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import csv as csv_format
 import gzip
+import hashlib
 import html as markup
 import io
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -19,12 +21,14 @@ from PIL import Image, UnidentifiedImageError
 from plotly.offline import get_plotlyjs
 
 from steep.evidence import figures, table
+from steep.evidence.reproduce import command
 from steep.evidence.study import Arm, RunRecord, Study
 from steep.files import write_atomic
 
 HERE = Path(__file__).parent
 LARGEST_PNG = 32 * 1024  # bytes; larger pictures are embedded as WebP of at most PIXELS a side
 PIXELS = 384
+ORDER = ("helps", "hurts", "no evidence", "too few seeds", table.NOTHING, "not compared")
 
 
 def write(study: Study, store_dir: str | Path) -> Path:
@@ -54,6 +58,8 @@ def html(study: Study, store_dir: str | Path) -> str:
     return files.get_template("report.html").render(
         study=study,
         headline=headline(study),
+        best=best(study),
+        glance=glance(study),
         verdicts=[(arm, table.said_of(arm, study)) for arm in table.ranked(study)[1:]],
         rows=[(arm, table.cells(arm, study)) for arm in table.ranked(study)],
         unfinished=[(a, n) for a in study.arms if (n := sum(run.outcome != "finished" for run in a.runs))],
@@ -69,14 +75,23 @@ def html(study: Study, store_dir: str | Path) -> str:
         pictures=list(pictures(study, Path(store_dir))),
         environment=environment(study),
         control=table.CONTROL,
+        again=[(arm, again(arm, study)) for arm in table.ranked(study)],
+        kinds=table.kinds,
         css=_source("report.css"),
         js=_source("report.js"),
+        scripts=[_fingerprint(_source("report.js")), _fingerprint(get_plotlyjs())],
         plotly=compressed_plotly(),
     )
 
 
 def _source(name: str) -> Markup:
     return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _fingerprint(script: str) -> Markup:
+    """What a page's security policy calls a script that may run; no other may."""
+    return Markup("'sha256-{}'").format(base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
 
 
 @cache
@@ -108,6 +123,49 @@ def headline(study: Study) -> str:
     return f"Of {len(arms)} methods, {', '.join(clauses[:-1])} and {clauses[-1]}"
 
 
+def best(study: Study) -> tuple[Arm, str] | None:
+    """The method that helps most, and what it gains at which cost; `None` where none helps."""
+    arm = next((a for a in table.methods(study) if _verdict(a, study) == "helps"), None)
+    if arm is None:
+        return None
+    said, c, price = table.said_of(arm, study), arm.scores[study.primary], _price(arm, study)
+    sure = f" (95 % interval {table.interval(c, study.metrics[c.score])})" if math.isfinite(c.estimate) else ""
+    later = f"; {said.at_equal_time}" if said.at_equal_time else ""
+    return arm, f"{said.finding}{sure}{price} at equal steps{later}"
+
+
+def _price(arm: Arm, study: Study) -> str:
+    ratio = table.cost_ratio(arm, study, lambda run: run.cpu_seconds)
+    return f", for {ratio} the CPU time," if ratio != "–" else ""
+
+
+def _verdict(arm: Arm, study: Study) -> str:
+    return table.verdict(arm, arm.scores.get(study.primary)) or "not compared"
+
+
+def glance(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Per verdict, the methods that have it, from best to worst, each with its change in a word."""
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in ORDER}
+    for arm in table.methods(study):
+        found[_verdict(arm, study)].append((arm.name, _change(arm, study)))
+    return [(verdict, arms) for verdict, arms in found.items() if arms]
+
+
+def _change(arm: Arm, study: Study) -> str:
+    """An arm's change, and what is judged otherwise than at equal steps: "−41 % (equal time: no evidence)"."""
+    found = table.comparisons(arm, study.primary)
+    c = found.pop("equal steps", None)
+    if c is None or arm.did_nothing:
+        return ""
+    other = ", ".join(f"{kind}: {o.verdict}" for kind, o in found.items() if o.verdict != c.verdict)
+    return table.compact(c, study.metrics[c.score]).partition(" [")[0] + (f" ({other})" if other else "")
+
+
+def again(arm: Arm, study: Study) -> list[tuple[str, RunRecord, str]]:
+    """The first of each kind of an arm's runs, and how to repeat it."""
+    return [(kind, runs[0], line) for kind, runs in table.kinds(arm) if (line := command(runs[0], study.source))]
+
+
 def settings(values: Mapping[str, Any]) -> str:
     """Hyper-parameters on one line: "rank=64, rtol=0.001"."""
     return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()) or "–"
@@ -135,16 +193,23 @@ def costs(arm: Arm, study: Study) -> dict[str, str]:
         found = table.cost(arm, of)
         return "–" if found is None else grouped(found * scale)
 
+    prepared = any(_preparation(run) for other in study.arms for run in other.runs)
     return {
         "seconds": value(lambda run: run.seconds),
         "× baseline": table.cost_ratio(arm, study, lambda run: run.seconds),
         "CPU seconds": value(lambda run: run.cpu_seconds),
+        **({"preparation, CPU s": value(_preparation)} if prepared else {}),
         "ms per step": value(lambda run: run.seconds / run.steps if run.steps else None, 1000),
         "steps": value(lambda run: run.steps),
         "examples": value(lambda run: run.examples),
         "peak memory, MB": value(lambda run: run.peak_memory, 1e-6),
         "memory × baseline": table.cost_ratio(arm, study, lambda run: run.peak_memory),
     }
+
+
+def _preparation(run: RunRecord) -> float:
+    """CPU seconds before the first step, where they were measured."""
+    return run.preparation_seconds
 
 
 def environment(study: Study) -> dict[str, str]:
@@ -196,8 +261,9 @@ def _smaller(image: Image.Image) -> bytes:
 
 
 def markdown(study: Study) -> str:
-    """Verdicts, table and settings, for a note or a pull request."""
+    """Verdicts, table, settings and how to repeat them, for a note or a pull request."""
     rows = [table.cells(arm, study) for arm in table.ranked(study)]
+    lines = [line for arm in table.ranked(study) for _, _, line in again(arm, study)[:1]]
     chosen = [[arm.name, settings(arm.hyper)] for arm in table.ranked(study) if arm.name != table.CONTROL]
     parts = [
         f"# {_plain(study.recipe)}: {_plain(headline(study))}",
@@ -206,7 +272,8 @@ def markdown(study: Study) -> str:
         "\n".join(f"- {_plain(note)}" for note in table.notes(study)),
         f"{len(study.seeds)} paired seeds. Settings after tuning:",
         _pipes(["arm", "settings"], chosen),
-        _code(study.command) if study.command else "",
+        "The study again, and the first run of each row:" if study.command or study.source else "",
+        _code("\n".join(filter(None, [study.command, *lines]))),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -226,20 +293,22 @@ def _code(text: str) -> str:
 
 
 def _runs(study: Study) -> Iterator[tuple[Arm, RunRecord]]:
-    return ((arm, run) for arm in study.arms for run in (*arm.trials, *arm.runs, *arm.equal_time))
+    for arm in study.arms:
+        yield from ((arm, run) for runs in (arm.trials, *dict(table.kinds(arm)).values()) for run in runs)
 
 
 def csv(study: Study) -> str:
-    """Every run, one line each, with its final scores."""
+    """Every run, one line each, with its final scores and the command that repeats it."""
     plain = ["role", "seed", "split_seed", "lr_scale", "outcome", "message", "steps", "examples", "seconds"]
     plain += ["cpu_seconds", "peak_memory", "key"]
     buffer = io.StringIO()
     lines = csv_format.writer(buffer, lineterminator="\n")
     final = [f"{kind}_{name}" for kind in ("val", "test") for name in study.metrics]
-    lines.writerow(["arm", "methods", *plain, *final])
+    lines.writerow(["arm", "methods", *plain, *final, "command"])
     for arm, run in _runs(study):
         scores = [found.get(name, "") for found in (run.val, run.test) for name in study.metrics]
-        lines.writerow([arm.name, _methods(run), *(getattr(run, name) for name in plain), *scores])
+        values = [getattr(run, name) for name in plain]
+        lines.writerow([arm.name, _methods(run), *values, *scores, command(run, study.source)])
     return buffer.getvalue()
 
 

@@ -57,10 +57,10 @@ def from_name(name: str) -> Source:
     load_recipe(name)  # fail here, early, with the real reason
     if _is_task(name):
         package = Path(inspect.getfile(importlib.import_module("steep.tasks"))).parent
-        return Source(name, _hash(name, *(_code(path) for path in sorted(package.glob("*.py")))))
+        return Source(name, hashed(name, *(code_of(path) for path in sorted(package.glob("*.py")))))
     place, _, attribute = name.rpartition(":")
     path = Path(place) if _is_file(place) else Path(inspect.getfile(importlib.import_module(place)))
-    return Source(name, _hash(attribute, _code(path)))
+    return Source(name, hashed(attribute, code_of(path)))
 
 
 def from_value(recipe: Recipe, own: Mapping[str, Card]) -> Source:
@@ -75,7 +75,7 @@ def from_value(recipe: Recipe, own: Mapping[str, Card]) -> Source:
         raise RecipeError(
             f"the recipe cannot be sent to a worker process ({error}): build such objects inside its factories"
         ) from error
-    return Source(recipe.name, _hash(describe(recipe), *(describe(c) for c in own.values())), payload)
+    return Source(recipe.name, hashed(describe(recipe), *(describe(c) for c in own.values())), payload)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -112,7 +112,7 @@ def _is_file(place: str) -> bool:
 
 def _import(place: str) -> ModuleType:
     try:
-        return _import_file(Path(place)) if _is_file(place) else _import_module(place)
+        return import_file(Path(place)) if _is_file(place) else _import_module(place)
     except RecipeError:
         raise
     except BaseException as error:
@@ -132,7 +132,7 @@ def _import_module(name: str) -> ModuleType:
         raise
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RecipeError(f"no recipe file at {path}")
     sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours
@@ -156,14 +156,16 @@ def code_version(methods: Iterable[str]) -> str:
     kernel = [p for p in sorted(root.glob("*.py")) if p.name not in shown]
     foundations = [p for name in ("per_example", "linalg") for p in sorted((root / name).glob("*.py"))]
     own = [Path(inspect.getfile(cards()[id].make)) for id in sorted(set(methods)) if id in cards()]
-    return _hash(torch.__version__, *(_code(path) for path in [*kernel, *foundations, *own]))
+    return hashed(torch.__version__, *(code_of(path) for path in [*kernel, *foundations, *own]))
 
 
 @cache
-def _code(path: Path) -> str:
-    """A file's syntax tree without docstrings (comments are no part of it)."""
+def code_of(path: Path, texts: frozenset[str] = frozenset()) -> str:
+    """A file's syntax tree without docstrings and without the arguments of those names (nor comments)."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg not in texts]
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
     return ast.dump(tree)
@@ -180,7 +182,7 @@ def describe(value: Any, depth: int = 6) -> str:
         captured = [cell.cell_contents for cell in value.__closure__ or ()]
         return f"{_source(value)} {inner(captured)} {inner(value.__defaults__)}"
     if isinstance(value, torch.Tensor):
-        return _hash(value.detach().cpu().numpy().tobytes().hex(), str(value.shape))
+        return hashed(value.detach().cpu().numpy().tobytes().hex(), str(value.shape))
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{k}: {inner(v)}' for k, v in value.items())}}}"
     if isinstance(value, (list, tuple)):
@@ -202,5 +204,5 @@ def _source(function: Callable[..., Any]) -> str:
         return f"{code.co_code.hex()} {code.co_consts} {code.co_names}"
 
 
-def _hash(*texts: str) -> str:
+def hashed(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]

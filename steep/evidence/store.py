@@ -54,6 +54,8 @@ class Store:
                 f"another compare is using the store {self.directory}: wait for it, or give another --out"
             ) from None
         try:
+            for draft in self.directory.rglob(".*.part"):  # of a process that was killed while it wrote
+                draft.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
@@ -72,6 +74,7 @@ class Store:
     def put(self, record: RunRecord) -> None:
         """Keep a run; from here on it is never repeated."""
         write_atomic(self.run_path(record.key), _text(record.to_json()))
+        _flush(self.directory / "runs")  # before its checkpoint goes
         self.checkpoint_path(record.key).unlink(missing_ok=True)
 
     def records(self) -> list[RunRecord]:
@@ -108,6 +111,17 @@ def open_store(directory: str | os.PathLike[str]) -> Store:
     return Store(directory)
 
 
+def _flush(folder: Path) -> None:
+    """Have a folder's new names survive a loss of power, on systems where a folder can be opened."""
+    if os.name == "nt":
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def _text(values: Mapping[str, Any]) -> str:
     return json.dumps({"format": FORMAT, **values}, indent=1)
 
@@ -133,8 +147,8 @@ def _record(values: Mapping[str, Any]) -> RunRecord:
 
 
 def _arm(values: dict[str, Any]) -> Arm:
-    for key in ("trials", "runs", "equal_time"):
-        values[key] = [_record(r) for r in values[key]]
-    for key in ("scores", "scores_at_equal_time"):
-        values[key] = {name: Comparison(**_known(Comparison, c)) for name, c in values[key].items()}
+    for key in ("trials", "runs", "equal_time", "equal_examples"):
+        values[key] = [_record(r) for r in values.get(key, ())]
+    for key in ("scores", "scores_at_equal_time", "scores_at_equal_examples", "to_target"):
+        values[key] = {name: Comparison(**_known(Comparison, c)) for name, c in values.get(key, {}).items()}
     return Arm(**_known(Arm, values))

@@ -133,7 +133,7 @@ class Study:
 
     Args:
         recipe: the recipe's name.
-        source: how to name the recipe on the command line.
+        source: how to name the recipe on the command line; empty for a recipe made in memory.
         arms: the baseline first, then the others; the A/A control last.
         primary: the score that verdicts are about ("loss" unless asked otherwise).
         metrics: every score, mapped to whether higher is better.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -152,6 +152,19 @@ def cost_ratio(arm: Arm, study: Study, of: Callable[[RunRecord], float | None]) 
     return f"{own / base:.3g}×" if own is not None and base else "–"
 
 
+def kinds(arm: Arm) -> list[tuple[str, Sequence[RunRecord]]]:
+    """An arm's confirmation runs, by what they have as much of as the baseline; kinds without runs are left out."""
+    found = [("equal steps", arm.runs), ("equal time", arm.equal_time), ("equal examples", arm.equal_examples)]
+    return [(kind, runs) for kind, runs in found if runs]
+
+
+def comparisons(arm: Arm, score: str) -> dict[str, Comparison]:
+    """An arm's comparisons of a score, by kind; at equal examples only where that took other runs than equal steps."""
+    examples = arm.scores_at_equal_examples if arm.equal_examples else {}
+    by_kind = {"equal steps": arm.scores, "equal time": arm.scores_at_equal_time, "equal examples": examples}
+    return {kind: scores[score] for kind, scores in by_kind.items() if score in scores}
+
+
 def verdict(arm: Arm, c: Comparison | None) -> str:
     """One of the four verdicts, "did nothing", or "" where nothing was compared."""
     return NOTHING if arm.did_nothing else c.verdict if c is not None else ""
@@ -255,8 +268,8 @@ def score_names(study: Study) -> list[str]:
 def cells(arm: Arm, study: Study) -> dict[str, str]:
     """An arm's row, by heading; columns from left to right."""
     names = score_names(study)
-    c, timed = arm.scores.get(study.primary), arm.scores_at_equal_time.get(study.primary)
-    row = {"arm": arm.name}
+    found = comparisons(arm, study.primary)
+    c, row = found.get("equal steps"), {"arm": arm.name}
     for name in names:
         value = median_test(arm, name, study.metrics[name])
         row[f"test {name}"] = "unfinished" if math.isinf(value) else number(value)
@@ -264,10 +277,16 @@ def cells(arm: Arm, study: Study) -> dict[str, str]:
         "difference (95 %)": compact(c, study.metrics[c.score]) if c is not None else "",
         "p (Holm)": significance(c.p_holm) if c is not None else "",
         "equal steps": verdict(arm, c),
-        "equal time": verdict(arm, timed),
+        "equal time": verdict(arm, found.get("equal time")),
+        **({"equal examples": verdict(arm, found.get("equal examples"))} if _other_examples(study) else {}),
         "CPU": cost_ratio(arm, study, lambda run: run.cpu_seconds),
         "memory": cost_ratio(arm, study, lambda run: run.peak_memory),
     }
+
+
+def _other_examples(study: Study) -> bool:
+    """Whether any arm sees other numbers of examples in its steps."""
+    return any("equal examples" in dict(kinds(arm)) for arm in study.arms)
 
 
 def notes(study: Study) -> Iterator[str]:
@@ -294,7 +313,7 @@ class _Sheet:
         headings, gap = _fitting(rows, options.max_width)
         table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
         for heading in headings:
-            justify: JustifyMethod = "left" if heading in ("arm", "equal steps", "equal time") else "right"
+            justify: JustifyMethod = "left" if heading == "arm" or heading.startswith("equal") else "right"
             table.add_column(text(_stacked(heading)), justify=justify, no_wrap=heading != "arm", vertical="bottom")
         for row in rows:
             style = "dim" if row["arm"] == CONTROL else None
@@ -312,7 +331,7 @@ def _fitting(rows: list[dict[str, str]], width: int) -> tuple[list[str], int]:
     headings = list(rows[0]) if rows else []
     widths = {h: max(len(text) for text in [*(row[h] for row in rows), *_stacked(h).split("\n")]) for h in headings}
     secondary = [h for h in headings[2:] if h.startswith("test ")]
-    for dropped in (None, "memory", "CPU", *secondary, "p (Holm)", "equal time"):
+    for dropped in (None, "memory", "CPU", *secondary, "equal examples", "p (Holm)", "equal time"):
         widths.pop(dropped or "", None)
         for gap in (2, 1):
             if sum(widths.values()) + gap * (len(widths) - 1) <= width:

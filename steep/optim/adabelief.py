@@ -138,6 +138,8 @@ class AdaBelief(Optimizer):
         ['exp_avg', 'exp_avg_var', 'step']
     """
 
+    sharding = "any"
+
     def __init__(
         self,
         params: ParamsT,

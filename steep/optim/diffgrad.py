@@ -109,6 +109,8 @@ class DiffGrad(Optimizer):
         ['exp_avg', 'exp_avg_sq', 'previous_grad', 'step']
     """
 
+    sharding = "any"
+
     def __init__(
         self,
         params: ParamsT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,12 @@ class Rows:
 
     def backward(self, w: Tensor) -> None:
         """Add ``Jᵀ w`` to the parameters' ``.grad`` as a backward pass does: gradient hooks and reducers run."""
+        self.fill(lambda: self.vjp(w))
+
+    def fill(self, gradients: Callable[[], Sequence[Tensor | None]]) -> None:
+        """Add gradients of one's own making, a tensor per parameter, to ``.grad`` as a backward pass does."""
         with torch.enable_grad():
-            _Backward.apply(self, w, *self.params).backward()
+            _Fill.apply(gradients, *self.params).backward()
 
     def restrict(self, fraction: float, generator: torch.Generator) -> Rows:
         """The same with a random share of each layer's output neurons (and their biases) kept and zeros elsewhere."""
@@ -62,17 +66,17 @@ class Rows:
         return Rows(self.names, [part.masked([mask(p) for p in part.params]) for part in self.parts])
 
 
-class _Backward(torch.autograd.Function):
-    """A number whose gradient is ``Jᵀ w``: autograd's own accumulation then fills ``.grad``, without a copy."""
+class _Fill(torch.autograd.Function):
+    """A number with the given gradients: autograd's own accumulation fills ``.grad``, without a copy of fresh ones."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Rows, w: Tensor, *params: Tensor) -> Tensor:
-        ctx.rows, ctx.w = rows, w
-        return w.new_zeros(())
+    def forward(ctx: Any, gradients: Callable[[], Sequence[Tensor | None]], *params: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return params[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (None, None, *ctx.rows.vjp(ctx.w))
+        return (None, *ctx.gradients())
 
 
 def assemble(parts: Sequence[Part], names: dict[Tensor, str], outside: set[Tensor], losses: Tensor) -> Rows:

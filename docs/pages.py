@@ -1,0 +1,246 @@
+"""The generated pages: one per method, and which method is for what. Nothing in them is typed by hand.
+
+They are drawn from the cards, the claims, the ledger and `benchmarks/results`.
+"""
+
+import inspect
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+import steep
+from steep.card import ROOMS, cards
+from steep.cli import range_text
+from steep.evidence import ledger
+from steep.evidence.verdicts import effect, gains, number, numbers
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = "not run"
+GREY, BLUE, RED = "#888888", "#3b82c4", "#c4533b"  # readable on light and on dark
+
+
+def outcomes(root=ROOT):
+    """Claim, ledger entry (or `None`) and state, by method; methods without a claim are absent."""
+    found = {}
+    for id, (claim, path) in ledger.load_claims(root / "claims").items():
+        entry = ledger.read(root / "ledger", id)
+        found[id] = (claim, entry, ledger.state(claim, path, entry))
+    return found
+
+
+def example(card):
+    """The example of the docstring, or nothing."""
+    doc = inspect.getdoc(card.make) or ""
+    block = re.search(r"^Example:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
+    if not block:
+        return ""
+    lines, name = textwrap.dedent(block[1]).strip(), f"import {card.make.__name__}"
+    imported = "" if name in lines else f">>> from {card.make.__module__} {name}\n"
+    return f"```pycon\n{imported}{lines}\n```"
+
+
+def hyper_table(card):
+    rows = [f"| `{n}` | `{v!r}` | {range_text(card.space.get(n)) or '–'} |" for n, v in card.hyper.items()]
+    return "\n".join(["| name | default | tuned over |", "|---|---|---|", *rows]) if rows else ""
+
+
+def cost_ratios(card, folder=ROOT / "benchmarks" / "results") -> Iterator[tuple[str, str, float]]:
+    """Benchmark, place in its file and value of every recorded ratio of this method."""
+    names = (card.id, card.make.__name__.lower())
+    for path in sorted(folder.glob("*.json")):
+        for place, value in leaves(json.loads(path.read_text())):
+            if place[-1].lower().startswith(names) and ("ratio" in place or " / " in place[-1]):
+                yield path.stem, ", ".join(place[:-1]), place[-1], value
+
+
+def leaves(values, place=()):
+    """Every number in nested dictionaries, with the keys that lead to it."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*place, key))
+        elif isinstance(value, float):
+            yield (*place, key), value
+
+
+def cost(card):
+    rows = [f"| `{file}` | {where} | {what} | {value:.3g} |" for file, where, what, value in cost_ratios(card)]
+    return "\n".join(["| benchmark | on | ratio of | value |", "|---|---|---|---|", *rows]) if rows else ""
+
+
+def claim_section(claim, entry, state):
+    """The claim and what came of it; every verdict in the same frame, whatever it says."""
+    verdict = entry.verdict if entry else "never run"
+    if state == "stale":
+        verdict += " (the code has changed since)"
+    scales = f"- In the paper: {claim.paper_scale}.\n- Here: {claim.our_scale}.\n- Source: {claim.source}."
+    frame = f"```{{admonition}} Verdict: {verdict}\n{result(claim, entry)}\n```"
+    parts = [f"## Claim\n\n{claim.statement}", scales, frame]
+    if entry and entry.quantities:
+        parts += [f"![Gain of every case, with interval and claimed size]({claim.id}.svg)", provenance(claim, entry)]
+    return "\n\n".join(parts)
+
+
+def result(claim, entry):
+    if not entry or not entry.quantities:
+        return claim.reason or f"Run `steep claims {claim.id}`."
+    return "\n".join(f"- **{j.verdict}**: {j.quantity.name}: {numbers(j)}." for j in entry.quantities)
+
+
+def provenance(claim, entry):
+    versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
+    hardware = ", ".join(f"{name}: {value}" for name, value in entry.hardware.items() if value)
+    spent = f"{entry.cpu_seconds:.0f} CPU seconds"
+    text = f"Run on {entry.date[:10]} with {versions} ({hardware}; {spent}). Again: `steep claims {claim.id}`."
+    warnings = [w for note in entry.notes.values() if isinstance(note, dict) for w in note.get("warnings", ())]
+    return "\n".join([text, *(f"- {warning}" for warning in dict.fromkeys(warnings))])
+
+
+def plot(entry, path):
+    """Per quantity a strip: a dot for each case, the interval, lines at no gain and at the claimed size."""
+    figure, axes = plt.subplots(len(entry.quantities), 1, figsize=(7, 1.25 * len(entry.quantities)), squeeze=False)
+    for axis, judged in zip(axes[:, 0], entry.quantities, strict=True):
+        strip(axis, judged)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
+def strip(axis, judged):
+    q, values = judged.quantity, gains(judged)
+    finite = [v for v in values if math.isfinite(v) and (v > 0 or q.scale == "difference")]
+    none = float(q.scale == "ratio")
+    if q.scale == "ratio":
+        axis.set_xscale("log")
+    axis.plot(finite, [0] * len(finite), "o", color=BLUE, alpha=0.6)
+    ends = [v if math.isfinite(v) and v != 0 else none for v in (judged.low, judged.high)]
+    axis.plot(ends, [-0.5, -0.5], color=BLUE, linewidth=3)
+    axis.axvline(none, color=GREY, linewidth=1)
+    if q.size is not None:
+        axis.axvline(q.size, color=RED, linewidth=1, linestyle="--")
+    axis.set(ylim=(-1, 0.6), yticks=[])
+    lost = f"; {len(values) - len(finite)} not shown (never finished)" if len(finite) < len(values) else ""
+    axis.set_title(f"{q.name}: gain{lost}", fontsize=9, color=GREY, loc="left")
+    ticks(axis, [none, *([q.size] if q.size is not None else []), *ends], q)
+
+
+def ticks(axis, places, quantity):
+    """Label what matters: no gain, claimed size and the interval's ends, unless they lie on top of each other."""
+    kept: list[float] = []
+    for place in places:
+        x, *others = (share(axis, v) for v in (place, *kept))
+        if all(abs(x - other) > 0.08 for other in others):
+            kept.append(place)
+    axis.set_xticks(kept, [number(quantity, v) for v in kept], fontsize=8, color=GREY)
+    axis.set_xticks([], minor=True)
+    axis.tick_params(color=GREY)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def share(axis, value):
+    """Where a value lies along the axis, from 0 to 1."""
+    return axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0]
+
+
+def reference(card):
+    """The directives that document what `make` makes, and whatever else its file names in ``__all__``."""
+    module, own = sys.modules[card.make.__module__], card.make.__name__
+    return "\n\n".join(
+        f".. autoclass:: {module.__name__}.{name}\n   :members:"
+        if isinstance(getattr(module, name), type)
+        else f".. autofunction:: {module.__name__}.{name}"
+        for name in dict.fromkeys((own, *getattr(module, "__all__", ())))
+    )
+
+
+def method_page(card, outcome=None):
+    """A page about one method, from its card and docstrings, and from its claim."""
+    doc = inspect.getdoc(sys.modules[card.make.__module__]) or ""
+    needs = "\n".join(f"- {steep.needs.NEEDS[n].what}" for n in sorted(card.needs))
+    command = f"```console\n$ steep compare RECIPE --methods {card.id}\n```" if card.plug else ""
+    year = f", {card.paper.year}" if card.paper.year else ""
+    sections = {
+        "Formula": f"```text\n{card.formula}\n```" if card.formula else "",
+        "Usage": "\n\n".join(part for part in (example(card), command) if part),
+        "Hyper-parameters": hyper_table(card),
+        "Needs": needs,
+        "Cost": cost(card),
+        "In detail": f"```text\n{doc}\n```",
+        "Reference": f"```{{eval-rst}}\n{reference(card)}\n```",
+    }
+    claim = claim_section(*outcome) if outcome else "## Claim\n\n```{admonition} Verdict: not run\nNo claim yet.\n```"
+    head = [f"# {card.id}", card.summary, f"*{card.paper.title}*{year}. <{card.paper.link}>", claim]
+    return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]) + "\n"
+
+
+def which_page(found):
+    """Which method for what: by room, then by what came out, from the ledger alone."""
+    head = (
+        "Measured at the small scale of each claim, against that claim's baseline; whether a method helps on your "
+        "training, `steep compare` tells. *Helps* and *hurts*: the exact 95 % interval excludes no gain."
+    )
+    parts = ["# Which method for what", head, "## By what it changes"]
+    for room in ROOMS:
+        rows = [row for card in cards().values() if card.changes == room for row in rows_of(card, found)]
+        if rows:
+            parts += [f"### {room}", table(["method", "measured", "outcome", "gain [95 %]", "claim"], rows)]
+    parts.append("## By what came out")
+    every = [row for card in cards().values() for row in rows_of(card, found)]
+    for outcome in ("helps", "no evidence", "hurts", NOT_RUN):
+        rows = [[method, what, gain] for method, what, result, gain, _ in every if result == outcome]
+        parts += [f"### {outcome}", table(["method", "measured", "gain [95 %]"], rows) if rows else "None."]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_of(card, found):
+    """Method, what was measured, outcome, gain and verdict: a row for each quantity of its claim."""
+    link, (_, entry, state) = f"[{card.id}]({card.id}.md)", found.get(card.id, (None, None, ""))
+    if not entry or not entry.quantities:
+        return [[link, "–", NOT_RUN, "–", entry.verdict if entry else "–"]]
+    stale = " (stale)" if state == "stale" else ""
+    return [[link, j.quantity.name, effect(j), interval(j), j.verdict + stale] for j in entry.quantities]
+
+
+def interval(judged):
+    middle, low, high = (number(judged.quantity, v) for v in (judged.gain, judged.low, judged.high))
+    return f"{middle} [{low}, {high}]"
+
+
+def table(columns, rows):
+    """A Markdown table; bars inside cells do not end them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def index_page():
+    lines = ["# Methods", "What each changes in a training step. [Which method for what](which.md)"]
+    for room in ROOMS:
+        own = [c for c in cards().values() if c.changes == room]
+        if own:
+            lines += [f"## {room}", "\n".join(f"- [{c.id}]({c.id}.md): {c.summary}" for c in own)]
+    lines.append("```{toctree}\n:hidden:\nwhich\n" + "\n".join(card for card in cards()) + "\n```")
+    return "\n\n".join(lines) + "\n"
+
+
+def write_pages(folder):
+    """All pages and plots. Those of methods that are gone go too."""
+    folder.mkdir(exist_ok=True)
+    found = outcomes()
+    pages = {f"{card.id}.md": method_page(card, found.get(card.id)) for card in cards().values()}
+    pages |= {"index.md": index_page(), "which.md": which_page(found)}
+    for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
+        old.unlink()
+    for name, text in pages.items():
+        (folder / name).write_text(text)
+    for id, (_, entry, _) in found.items():
+        if entry and entry.quantities:
+            plot(entry, folder / f"{id}.svg")

@@ -1,0 +1,122 @@
+"""What a host must do for methods, in one place: check their needs, call the rule, step the parts, keep their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from steep.adapters.distributed import GlobalBatch, check_sharding
+from steep.batches import Batch
+from steep.checkpoint import CheckpointError
+from steep.needs import NEEDS, Facts, UnmetNeed, check_losses, check_needs
+from steep.recipe import Mean
+
+OF_THE_BATCH = frozenset({"indices", "classes", "images"})
+ELSEWHERE = {
+    "clients": "the method owns the outer loop; iterate over it, with this model as its model, or use steep.fit",
+    "tasks": "use a plain loop or Accelerate, where a rule is given the dict itself",
+    "val_batch": "use steep.fit, which has the validation loader",
+}
+
+
+class Attached:
+    """A backward rule and the other parts of a training, for a host that knows nothing of them.
+
+    Args:
+        host: its name, for messages.
+        model: what is trained.
+        rule: backward rule; the ordinary mean where it is `None`.
+        parts: whatever has `step()`, `state_dict()` or `needs`: losses, handles, loaders, optimizers.
+        refused: needs that the host cannot meet, and the line to change for each.
+
+    Raises:
+        UnmetNeed: naming the part, what is missing and the line to change.
+    """
+
+    def __init__(self, host: str, model: nn.Module, rule: Any, parts: Iterable[Any], refused: Mapping[str, str]):
+        self.host, self.model, self.refused = host, model, refused
+        self.rule = Mean() if rule is None else rule
+        self.parts: list[Any] = []
+        self._looked_at_batch = self._looked_at_shards = False
+        self.check(self.rule)
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: Any) -> None:
+        """Check a part, and step and save it from now on."""
+        self.check(part)
+        self.parts.append(part)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(part, "needs", ()) for part in (self.rule, *self.parts)))
+
+    def check(self, part: Any) -> None:
+        """Refuse a part that the host cannot serve."""
+        name, needs = _name(part), set(getattr(part, "needs", ()))
+        if hasattr(part, "__next__"):
+            needs.add("clients")
+        for need in sorted(needs & set(self.refused)):
+            raise UnmetNeed(f"{name} needs {NEEDS[need].what}, which {self.host} cannot give: {self.refused[need]}")
+        check_needs(name, needs & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
+
+    def look_at(self, batch: Batch) -> None:
+        """Compare what the parts need of a batch with the first one."""
+        if not self._looked_at_batch:
+            for part in (self.rule, *self.parts):
+                needs = OF_THE_BATCH & set(getattr(part, "needs", ()))
+                check_needs(_name(part), needs, Facts(self.model, None, batch))  # type: ignore[arg-type]
+            self._looked_at_batch = True
+
+    def backward(self, losses: Any, scale: float) -> None:
+        """Have the rule fill ``.grad``.
+
+        Args:
+            losses: shape (B,), as the loss gave them; a dict of vectors for rules of several tasks.
+            scale: of gradient scaler and accumulation together.
+        """
+        if not self._looked_at_shards:
+            check_sharding(self.model.parameters(), self.rule, *self.parts)
+            self._looked_at_shards = True
+        if isinstance(losses, Tensor):
+            vector = _name(self.rule) if "losses" in getattr(self.rule, "needs", ()) else None
+            check_losses(losses, len(losses) if losses.ndim else 1, needed_by=vector)
+        if hasattr(self.rule, "engine") and not isinstance(self.rule, GlobalBatch) and _processes() > 1:
+            raise UnmetNeed(
+                f"{_name(self.rule)} needs the losses of all {_processes()} processes: attach "
+                f"steep.adapters.distributed.GlobalBatch({_name(self.rule)}(...))"
+            )
+        self.rule(losses, scale=scale)
+
+    def step(self) -> None:
+        """Step everything that changes over a training; once after each optimizer step."""
+        for part in (self.rule, *self.parts):
+            if hasattr(part, "step"):
+                part.step()
+
+    def _stateful(self) -> dict[str, Any]:
+        named = {"rule": self.rule} | {f"part{i} {_name(part)}": part for i, part in enumerate(self.parts)}
+        return {name: part for name, part in named.items() if hasattr(part, "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._stateful().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        parts = self._stateful()
+        if set(parts) != set(state):
+            raise CheckpointError(
+                f"the checkpoint holds the state of {sorted(state)}, but attached are {sorted(parts)}: attach the same"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,33 @@
+"""A loss of B examples as B conditions r = 0: what the rules that solve for all of them at once have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steep.needs import NEEDS
+
+
+def conditions(v: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
+    """Conditions ``r = sign(v) |v|^(kappa/2)`` from residuals or losses `v`, and ``dr/dv``; shapes (B,)."""
+    slopes = kappa / 2 * v.abs() ** (kappa / 2 - 1)
+    slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
+    return v.sign() * v.abs() ** (kappa / 2), slopes
+
+
+def damped_solve(gram: Tensor, r: Tensor, damping: float) -> Tensor:
+    """Weights ``w = (G + λ I)^-1 r`` with ``λ = damping * mean(diag G)``; (B,). 0 where G is zero."""
+    shift = damping * gram.diagonal().mean().item()
+    return torch.zeros_like(r) if shift == 0 else shifted_solve(gram, r, shift)
+
+
+def shifted_solve(gram: Tensor, r: Tensor, shift: float) -> Tensor:
+    """Weights ``w = (G + shift I)^-1 r``; NaN where G is not finite, as from an ordinary backward."""
+    factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(r), dtype=gram.dtype, device=gram.device))
+    return r * torch.nan if failed else torch.cholesky_solve(r[:, None], factor)[:, 0]
+
+
+def check_vector(rule: str, losses: Tensor) -> None:
+    """Refuse a loss that was reduced too early."""
+    if losses.ndim == 0:
+        raise ValueError(f"{rule} needs one loss per example, but got a scalar: {NEEDS['losses'].remedy}")

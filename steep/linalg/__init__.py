@@ -1,0 +1,34 @@
+"""Matrices that are only known by their products: curvature of a loss, and what can be found out about it.
+
+Products map dicts of tensors by parameter name; solvers and estimators work on flat vectors. `on_vectors` goes from one
+to the other.
+"""
+
+from steep.linalg.cg import Solution, cg
+from steep.linalg.hutchinson import Estimate, hutchinson_diagonal, hutchinson_trace, rademacher
+from steep.linalg.lanczos import Ritz, Spectrum, density, lanczos, spectrum
+from steep.linalg.products import fisher, fisher_vp, ggn, ggn_vp, hessian, hvp
+from steep.linalg.vectors import flatten, on_vectors, unflatten
+
+__all__ = [
+    "Estimate",
+    "Ritz",
+    "Solution",
+    "Spectrum",
+    "cg",
+    "density",
+    "fisher",
+    "fisher_vp",
+    "flatten",
+    "ggn",
+    "ggn_vp",
+    "hessian",
+    "hutchinson_diagonal",
+    "hutchinson_trace",
+    "hvp",
+    "lanczos",
+    "on_vectors",
+    "rademacher",
+    "spectrum",
+    "unflatten",
+]

@@ -1,0 +1,1 @@
+"""Looking inside a model or a training, without changing it."""
