@@ -8,6 +8,10 @@ as measured on digits (AdamW against SGD, validation loss). Per kind of noise an
 - coverage: arms with a known effect whose 95 % interval contains it;
 - power: arms given exactly the minimum detectable effect that "help", the rest of the family null;
 - sequential: false verdicts of families that are looked at after 4, 8 and 16 pairs;
+- sequential power: an arm given the effect that the last look promises: how often it "helps", after how many pairs, how
+  often its interval contains the effect, and its estimate over the effect;
+- beyond the assumption: false verdicts and coverage where means are equal but only the baseline's noise is skewed, so
+  that "the method changes nothing" is false;
 - time to target: false verdicts over times of which one in five is censored.
 
 Kinds of noise are made up, or "recorded": drawn from the paired differences of the A/A controls of real studies, each
@@ -77,6 +81,13 @@ def tied(rng: Rng, shape: tuple[int, int]) -> Array:
     return np.round(rng.standard_normal(shape))
 
 
+def lopsided(rng: Rng, shape: tuple[int, int]) -> Array:
+    """The baseline is now and then much worse, the arms never are; equal means."""
+    runs = 0.3 * rng.standard_normal(shape)
+    runs[0] = rng.lognormal(sigma=1.0, size=shape[1]) - np.exp(0.5)
+    return runs
+
+
 def recorded(rng: Rng, shape: tuple[int, int], *, pool: Sequence[float]) -> Array:
     """As real runs had it."""
     return rng.choice(pool, shape) * rng.choice([-1, 1], shape)
@@ -117,27 +128,55 @@ def false_verdicts(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) 
 def sequential(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
     """False verdicts of any arm at any look."""
     looks = planned(16, arms, sequential=True)
-    return row((_decided_at_a_look(rng, noise, arms, looks) for _ in range(studies)), noise=name, arms=arms)
+    made = (looked(rng, noise, arms, looks)[0] for _ in range(studies))
+    return row(map(decided, made), noise=name, arms=arms)
 
 
-def _decided_at_a_look(rng: Rng, noise: Noise, arms: int, looks: Sequence[Look]) -> bool:
+def looked(
+    rng: Rng, noise: Noise, arms: int, looks: Sequence[Look], effect: float = 0
+) -> tuple[dict[str, Comparison], dict[str, Look]]:
+    """Every arm at the look that ended it, and these looks; the first arm has the effect."""
     split = SPLIT_SD * rng.standard_normal(looks[-1].pairs)
-    baseline, *others = (split + noise(rng, (1 + arms, looks[-1].pairs))).tolist()
-    families: list[Mapping[str, Comparison]] = []
+    loss = split + noise(rng, (1 + arms, looks[-1].pairs))
+    loss[1] -= effect
+    baseline, *others = loss.tolist()
+    found: dict[str, Comparison] = {}
 
     def judged(look: Look, going: Sequence[str]) -> Mapping[str, Comparison]:
         n = look.pairs
         alone = {name: statistics.compare(others[int(name)][:n], baseline[:n], alpha=look.alpha) for name in going}
-        families.append(statistics.adjust(alone, arms))
-        return families[-1]
+        found.update(statistics.adjust(alone, arms))
+        return found
 
-    followed(looks, [str(i) for i in range(arms)], judged)
-    return any(map(decided, families))
+    ended = followed(looks, [str(i) for i in range(arms)], judged)
+    return found, ended
+
+
+def sequential_power(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
+    looks = planned(16, arms, sequential=True)
+    effect = powers.minimum_detectable_effect(2**0.5, looks[-1].pairs, looks[-1].alpha / arms)
+    made = [looked(rng, noise, arms, looks, effect) for _ in range(studies)]
+    first = [found["0"] for found, _ in made]
+    return row(
+        (c.verdict == "helps" for c in first),
+        noise=name,
+        arms=arms,
+        effect=effect,
+        pairs=float(np.mean([ended["0"].pairs for _, ended in made])),
+        coverage=float(np.mean([c.low <= effect <= c.high for c in first])),
+        estimate_over_effect=float(np.mean([c.estimate for c in first]) / effect),
+    )
 
 
 def coverage(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) -> Row:
     made = (study(rng, noise, seeds, arms=1, effect=EFFECT)["arm 0"] for _ in range(studies))
     return row((c.low <= EFFECT <= c.high for c in made), noise=name, seeds=seeds)
+
+
+def beyond(rng: Rng, seeds: int, studies: int) -> list[Row]:
+    made = (study(rng, lopsided, seeds, arms=1, effect=0) for _ in range(studies))
+    verdicts = row(map(decided, made), rate_of="false verdicts", noise="lopsided", seeds=seeds)
+    return [verdicts, {"rate_of": "coverage", **coverage(rng, "lopsided", lopsided, seeds, studies)}]
 
 
 def power(rng: Rng, seeds: int, arms: int, studies: int) -> Row:
@@ -189,6 +228,8 @@ def simulate(studies: int, seeds: Sequence[int], seed: int, made: Sequence[Row] 
         "coverage": [coverage(rng, k, f, n, studies) for k, f in noises.items() for n in seeds],
         "power": [power(rng, n, arms, studies) for n in seeds for arms in FAMILIES],
         "time to target": [time_to_target(rng, n, studies) for n in seeds],
+        "sequential power": [sequential_power(rng, "gaussian", gaussian, arms, studies) for arms in FAMILIES],
+        "beyond the assumption": [r for n in seeds for r in beyond(rng, n, studies)],
         "real studies": list(made),
         "seed": seed,
         "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},

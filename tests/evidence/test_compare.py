@@ -20,9 +20,11 @@ from steep.card import Card, Paper
 from steep.evidence import compare as module
 from steep.evidence import tuning
 from steep.evidence.contenders import BASELINE, contender, contenders, own_card
-from steep.evidence.jobs import Job
+from steep.evidence.jobs import Check, Job
 from steep.evidence.planning import choose, plan_of, tuning_runs
 from steep.evidence.pool import Pool
+from steep.evidence.power import minimum_detectable_effect
+from steep.evidence.preflights import Preflights
 from steep.evidence.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
 from steep.evidence.store import Store, StoreError, open_store
 from steep.evidence.study import RunRecord
@@ -155,6 +157,74 @@ def test_finished_runs_are_never_repeated(recipe_file, tmp_path):
     assert {p: t for p, t in after.items() if p in files} == files
     assert first.arms[0].runs[0].digest == second.arms[0].runs[0].digest
     assert len(after) > len(files)
+
+
+class Twice(torch.optim.SGD):
+    """Reads the gradient of each batch twice, and so counts every example twice."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+def twice(recipe):
+    """A planted cost: two forward passes a step."""
+    return recipe.replace(optimizer=lambda p: Twice(p, lr=0.01))
+
+
+def test_a_sequential_study_goes_on_where_it_was(recipe_file, tmp_path):
+    recipe, out = load_recipe(f"{recipe_file}:recipe"), tmp_path / "out"
+    study = quick(recipe, [doubled_rate, nothing], out, sequential=True)
+    assert [(look["pairs"], look["made"]) for look in study.looks] == [(4, False), (8, True), (16, True)]
+    assert [len(arm(study, name).runs) for name in ("doubled_rate", "nothing", "A/A")] == [8, 16, 16]
+    assert all(len(a.equal_time) in (0, len(a.runs)) for a in study.arms)
+    files = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
+    again = quick(recipe, [doubled_rate, nothing], out, sequential=True)
+    assert {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()} == files
+    assert (again.looks, again.earlier) == (study.looks, [])
+    assert [a.scores for a in again.arms] == [a.scores for a in study.arms]
+
+
+def test_an_arm_that_sees_more_examples_is_run_again_at_equal_examples(recipe_file, tmp_path):
+    study = quick(load_recipe(f"{recipe_file}:recipe"), [twice, nothing], tmp_path / "out", seeds=2)
+    found, base = arm(study, "twice"), study.arms[0]
+    assert [r.examples for r in found.runs] == [2 * r.examples for r in base.runs]
+    assert [r.steps for r in found.equal_examples] == [15, 15]
+    assert [r.seed for r in found.equal_examples] == [0, 1]
+    assert [r.examples for r in found.equal_examples] == pytest.approx([r.examples for r in base.runs], rel=0.05)
+    assert found.scores_at_equal_examples["loss"].differences != found.scores["loss"].differences
+    assert arm(study, "nothing").equal_examples == ()
+    assert arm(study, "nothing").scores_at_equal_examples == arm(study, "nothing").scores
+
+
+def test_a_budget_in_seconds_stands_for_the_same_steps_when_the_study_goes_on(recipe_file, tmp_path):
+    recipe, out = load_recipe(f"{recipe_file}:recipe").replace(budget=steep.Budget(seconds=0.02)), tmp_path / "out"
+    first = quick(recipe, [nothing], out, seeds=1)
+    files = set((out / "runs").iterdir())
+    second = quick(recipe, [nothing], out, seeds=1)
+    assert second.arms[0].runs[0].steps == first.arms[0].runs[0].steps > 1
+    assert [r.digest for a in second.arms for r in a.runs] == [r.digest for a in first.arms for r in a.runs]
+    assert {r.key for a in second.arms for r in a.runs} <= {p.stem for p in files}
+
+
+@pytest.mark.parametrize(
+    ("budget", "total", "steps"),
+    [
+        (steep.Budget(seconds=2.0), None, 200),
+        (steep.Budget(steps=1000, seconds=2.0), 1000, 200),  # the limit that is reached first
+        (steep.Budget(steps=100, seconds=2.0), 100, 100),
+        (steep.Budget(steps=100), 100, 100),
+    ],
+)
+def test_the_first_limit_of_a_budget_ends_it(regression, budget, total, steps):
+    comparison = module._Comparison(regression.replace(budget=budget), None, None, None, [])
+    assert comparison.fix_steps(Check(step_seconds=0.01, other_seconds=0.0, total_steps=total)) == steps
+    assert comparison.recipe.budget == steep.Budget(steps=steps)
+
+
+def test_preflights_are_kept_by_what_was_trained(tmp_path):
+    Preflights(tmp_path, {"a": "key"}).add({"a": Check(0.1, 0.2, 3)})
+    assert Preflights(tmp_path, {"b": "key", "c": "other"}).checks == {"b": Check(0.1, 0.2, 3)}
 
 
 def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
@@ -419,6 +489,20 @@ def test_many_methods_get_more_seeds_because_fewer_could_show_nothing():
     many = {f"m{i}": 1.0 for i in range(12)}
     plan = choose(many, dict.fromkeys(many, True), 1, minutes=None, trials=None, seeds=None)
     assert 2 / 2**plan.seeds * 11 <= 0.05 < 2 / 2 ** (plan.seeds - 1) * 11
+
+
+def test_sequential_plans_have_more_seeds_and_say_when_they_look():
+    two = {"baseline": 1.0, "m": 1.0}
+    plan = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None, sequential=True)
+    assert [look.pairs for look in plan.looks] == [4, 8, 16]
+    assert plan.effect == minimum_detectable_effect(1.0, 16, plan.looks[-1].alpha)
+    text = module._announcement(plan, [contender("adabelief")], {}, 2)
+    assert "Verdicts are read after 8 pairs (2.3 %) and 16 pairs (2.7 %), 5 % in all" in text
+    assert "4 pairs are too few to decide anything" in text
+    fixed = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None)
+    assert [look.pairs for look in fixed.looks] == [8]
+    assert "Verdicts are read" not in module._announcement(fixed, [contender("adabelief")], {}, 2)
+    assert choose(two, two, 1, minutes=None, trials=None, seeds=12, sequential=True).seeds == 12
 
 
 def test_plans_say_what_they_could_show():

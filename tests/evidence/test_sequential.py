@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,6 +32,70 @@ def test_looks_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pa
 def test_four_pairs_can_spend_nothing_and_one_look_spends_all():
     assert planned(16, 1, sequential=True)[0] == Look(4, 0)
     assert planned(16, 1, sequential=False) == [Look(16, 0.05)]
+
+
+def alphas(pairs, methods):
+    return [look.alpha for look in planned(pairs, methods, sequential=True)]
+
+
+def test_what_looks_at_4_8_and_16_pairs_spend_by_hand():
+    assert [look.pairs for look in planned(16, 1, sequential=True)] == [4, 8, 16]
+    three = 3 / 128  # the p-values of 8 pairs are multiples of 1 / 128, and 0.025 holds three
+    assert alphas(16, 1) == pytest.approx([0, three, 0.05 - three])
+    assert alphas(16, 3) == pytest.approx([0, three, 0.05 - three])
+    assert alphas(16, 4) == [0, 0, 0.05]  # Holm's first step at 8 pairs would need four
+    assert alphas(32, 10) == pytest.approx([0, 0.025 - 0.025 % (1 / 32768), 0.025 + 0.025 % (1 / 32768)])
+
+
+def sign_flip_levels(sizes):
+    """Exact p-values of all sign patterns of these sizes, written without the code under test."""
+    signs = np.array(list(product((1, -1), repeat=len(sizes))))
+    sums = np.abs(signs @ sizes)
+    order = np.sort(sums)
+    return signs, 1 - np.searchsorted(order, sums - 1e-9) / len(sums)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_total_error_is_at_most_five_per_cent_exactly(heavy):
+    """Over all 65 536 signs of given sizes, which are equally likely if the arm changes nothing."""
+    rng = np.random.default_rng(1)
+    sizes = np.abs(rng.standard_t(2, 16) if heavy else rng.standard_normal(16))
+    _, half, whole = alphas(16, 1)
+    early = np.repeat(sign_flip_levels(sizes[:8])[1] <= half, 256)
+    signs, p = sign_flip_levels(sizes)
+    late = p <= whole
+    assert np.mean(early) == 3 / 128
+    assert 0.035 < np.mean(early | late) <= 0.05
+    design = planned(16, 1, sequential=True)
+    for i in rng.choice(np.flatnonzero(early | late), 10).tolist() + rng.integers(0, len(signs), 10).tolist():
+        verdict, ended = one_arm(signs[i] * sizes, design)
+        assert (verdict in ("helps", "hurts")) == (early | late)[i]
+        assert ended.pairs == (8 if early[i] else 16)
+
+
+def one_arm(d, design):
+    last = {}
+
+    def judged(look, going):
+        alone = compare((-d[: look.pairs]).tolist(), [0.0] * look.pairs, alpha=look.alpha)
+        last.update(adjust({"arm": alone}))
+        return last
+
+    return (lambda ended: (last["arm"].verdict, ended["arm"]))(followed(design, ["arm"], judged))
+
+
+def test_interval_of_a_look_excludes_zero_exactly_when_the_look_decides_and_covers_in_all():
+    rng, design, effect = np.random.default_rng(2), planned(16, 1, sequential=True), 1.2
+    covered = []
+    for _ in range(400):
+        d = rng.standard_normal(16) + effect
+        for look in design[1:]:
+            c = compare((-d[: look.pairs]).tolist(), [0.0] * look.pairs, alpha=look.alpha)
+            assert (c.verdict == "helps") == (c.low > 0)
+            if c.verdict == "helps":
+                break
+        covered.append(c.low <= effect <= c.high)
+    assert np.mean(covered) >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
 def test_an_arm_that_is_decided_is_not_looked_at_again():
