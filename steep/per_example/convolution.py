@@ -1,22 +1,27 @@
-"""The rule of convolutions: a linear map of patches, unfolded only while they are used."""
+"""The rules of convolutions: a linear map of patches, unfolded only while they are used.
+
+A transposed convolution is the gradient of a convolution: its weight sees the layer's input where a convolution's sees
+the gradient of its output, and the other way round.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from steep.per_example.layers import closed_form, trains
-from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced
+from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced, pairwise_is_cheaper
 
 
 class Geometry(NamedTuple):
-    """A convolution of images; one of sequences is a convolution of images of height 1."""
+    """A convolution without padding, in any number of dimensions."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -24,9 +29,13 @@ class Geometry(NamedTuple):
     groups: int
 
     @classmethod
-    def of(cls, layer: nn.Conv1d | nn.Conv2d) -> Geometry:
-        kernel, stride, dilation = ((1, *t)[-2:] for t in (layer.kernel_size, layer.stride, layer.dilation))
-        return cls(kernel, stride, dilation, layer.groups)
+    def of(cls, layer: nn.modules.conv._ConvNd) -> Geometry:
+        return cls(layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+
+    def reach(self, positions: Sequence[int]) -> list[int]:
+        """Extents of the input that so many positions of the output see."""
+        along = zip(positions, self.kernel, self.stride, self.dilation, strict=True)
+        return [(n - 1) * s + (k - 1) * d + 1 for n, k, s, d in along]
 
 
 @dataclass
@@ -36,8 +45,8 @@ class Patches(Sliced):
     Args:
         params: ``(weight,)``, (o, c / groups, *kernel).
         geometry: of the layer.
-        x: padded input, (N, c, H, W), where N is B or a multiple of it.
-        grad: gradient of the output, (N, o, h, w).
+        x: padded input, (N, c, *extents), where N is B or a multiple of it.
+        grad: gradient of the output, (N, o, *positions).
         batch: number of examples B.
     """
 
@@ -47,10 +56,21 @@ class Patches(Sliced):
     grad: Tensor
     batch: int
 
+    @property
+    def positions(self) -> torch.Size:
+        return self.grad.shape[2:]
+
     def unfold(self, samples: slice) -> Tensor:
         """Patches of these samples by group, (n, groups, c / groups * kernel, positions)."""
         kernel, stride, dilation, groups = self.geometry
-        return F.unfold(self.x[samples], kernel, dilation, 0, stride).unflatten(1, (groups, -1))
+        x = self.x[samples]
+        n, c, *steps = x.stride()
+        along = [
+            *(s * d for s, d in zip(steps, dilation, strict=True)),
+            *(s * k for s, k in zip(steps, stride, strict=True)),
+        ]
+        view = x.as_strided((*x.shape[:2], *kernel, *self.positions), (n, c, *along))
+        return view.reshape(len(x), groups, -1, prod(self.positions))
 
     def outer(self) -> Outer:
         """The same as a linear map whose positions are the output's; for one group."""
@@ -58,54 +78,106 @@ class Patches(Sliced):
         d, a = (t.unflatten(0, (self.batch, -1)).mT.flatten(1, 2) for t in (d, a))
         return Outer(self.params, d, a)
 
-    def dense(self) -> Dense:
-        """The gradients themselves, made a few samples at a time."""
-        positions = self.grad[0, 0].numel()
-        step = max(1, CHUNK // 2 // (self.x.shape[1] * self.geometry.kernel[0] * self.geometry.kernel[1] * positions))
-        d = self.grad.reshape(len(self.grad), self.geometry.groups, -1, positions)
-        pieces = [d[k : k + step] @ self.unfold(slice(k, k + step)).mT for k in range(0, len(d), step)]
-        return Dense(self.params, torch.cat(pieces).reshape(self.batch, -1, *self.params[0].shape).sum(1))
-
     def rows(self, rows: slice) -> Tensor:
-        return self.outer().rows(rows)
+        """Made a few samples at a time; `rows` must be all of them where there are several groups."""
+        grad, positions = self.grad[:, rows], prod(self.positions)
+        step = max(1, CHUNK // (self.x.shape[1] * prod(self.geometry.kernel) * positions))
+        d = grad.reshape(len(grad), self.geometry.groups, -1, positions)
+        pieces = [d[k : k + step] @ self.unfold(slice(k, k + step)).mT for k in range(0, len(d), step)]
+        return torch.cat(pieces).reshape(self.batch, -1, grad.shape[1], self.width).sum(1)
+
+    def dense(self) -> Dense:
+        """The gradients themselves."""
+        return Dense(self.params, self.rows(slice(None)))
+
+    def columns(self) -> Iterator[Tensor]:
+        """One offset within the kernel at a time: its inputs are a strided view, and no patch is ever made."""
+        d = _by_example(self.grad, self.batch)
+        step = max(1, CHUNK // (self.batch * self.x.shape[1]))
+        for offset in product(*map(range, self.geometry.kernel)):
+            a = _by_example(self._seen_at(offset), self.batch).mT
+            for k in range(0, d.shape[1], step):
+                yield (d[:, k : k + step] @ a).flatten(1)
+
+    def _seen_at(self, offset: tuple[int, ...]) -> Tensor:
+        _, stride, dilation, _ = self.geometry
+        along = zip(offset, stride, dilation, self.positions, strict=True)
+        return self.x[(..., *(slice(o * d, o * d + (n - 1) * s + 1, s) for o, s, d, n in along))]
 
     def gram(self) -> Tensor:
-        return self.outer().gram()
-
-    def squares(self) -> Tensor:
-        return self.outer().squares()
+        positions = prod(self.positions) * len(self.grad) // self.batch
+        if pairwise_is_cheaper(positions, self.height, self.width, self.batch):
+            return self.outer().gram()
+        return super().gram()
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         weights = w.to(self.grad).repeat_interleave(len(self.grad) // self.batch)
+        grad = self.grad * weights.view(-1, *[1] * (self.grad.ndim - 1))
+        return (self._convolution_backward(grad).view(self.params[0].shape),)
+
+    def _convolution_backward(self, grad: Tensor) -> Tensor:
         kernel, stride, dilation, groups = self.geometry
-        shape = (*self.params[0].shape[:2], *kernel)
-        sums = conv2d_weight(self.x, shape, self.grad * weights[:, None, None, None], stride, 0, dilation, groups)
-        return (sums.view(self.params[0].shape),)
+        none = [0] * len(kernel)
+        weight = self.params[0].detach()  # only its shape matters
+        return torch.ops.aten.convolution_backward(
+            grad, self.x, weight, None, stride, none, dilation, False, none, groups, (False, True, False)
+        )[1]
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         kernel, stride, dilation, groups = self.geometry
-        moved = F.conv2d(self.x, v[0].reshape(*v[0].shape[:2], *kernel), None, stride, 0, dilation, groups)
+        none = [0] * len(kernel)
+        moved = torch.convolution(self.x, v[0].to(self.x), None, stride, none, dilation, False, none, groups)
         return (moved * self.grad).reshape(self.batch, -1).sum(1).double()
 
     def masked(self, masks: Sequence[Tensor]) -> Patches:
-        return replace(self, grad=self.grad * masks[0].to(self.grad)[:, None, None])
+        return replace(self, grad=self.grad * masks[0].to(self.grad).view(-1, *[1] * len(self.positions)))
 
 
-@closed_form(nn.Conv1d, nn.Conv2d, sample_dims=lambda layer: 1 + len(layer.kernel_size))
-def convolution(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+def _by_example(t: Tensor, batch: int) -> Tensor:
+    """Samples (N, channels, *positions) as (B, channels, all positions of an example)."""
+    flat = t.flatten(2)
+    return flat if len(t) == batch else flat.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
+
+
+def weight_part(params: tuple[Tensor, ...], geometry: Geometry, x: Tensor, grad: Tensor, batch: int) -> Part:
+    """The part of a weight (o, c / groups, *kernel): its gradients, or what they are made of if that is smaller."""
+    patches = Patches(params, geometry, x, grad, batch)
+    small = batch * params[0].numel() <= x.numel() + grad.numel()
+    return patches.dense() if small or geometry.groups > 1 else patches
+
+
+@closed_form(nn.Conv1d, nn.Conv2d, nn.Conv3d, sample_dims=lambda layer: 1 + len(layer.kernel_size))
+def convolution(layer: nn.modules.conv._ConvNd, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     dims = 1 + len(layer.kernel_size)
     x, grad = (t.reshape(-1, *t.shape[-dims:]) for t in (pad(layer, x), grad))
-    if dims == 2:
-        x, grad = x.unsqueeze(2), grad.unsqueeze(2)
+    geometry = Geometry.of(layer)
     if trains(layer.weight):
-        patches = Patches((layer.weight,), Geometry.of(layer), x, grad, batch)
-        small = batch * layer.weight.numel() <= x.numel() + grad.numel()
-        yield patches.dense() if small or layer.groups > 1 else patches
+        yield weight_part((layer.weight,), geometry, x, grad, batch)
+    yield from bias_part(layer, grad, batch)
+
+
+@closed_form(
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, sample_dims=lambda layer: 1 + len(layer.kernel_size)
+)
+def transposed_convolution(
+    layer: nn.modules.conv._ConvTransposeNd, x: Tensor, grad: Tensor, batch: int
+) -> Iterator[Part]:
+    dims = 1 + len(layer.kernel_size)
+    x, grad = (t.reshape(-1, *t.shape[-dims:]) for t in (x, grad))
+    geometry = Geometry.of(layer)
+    if trains(layer.weight):
+        sides = [p for p in reversed(layer.padding) for _ in range(2)]  # type: ignore[union-attr]
+        seen = tuple(slice(0, n) for n in geometry.reach(x.shape[2:]))  # less than all with an output padding
+        yield weight_part((layer.weight,), geometry, F.pad(grad, sides)[(..., *seen)].contiguous(), x, batch)
+    yield from bias_part(layer, grad, batch)
+
+
+def bias_part(layer: nn.modules.conv._ConvNd, grad: Tensor, batch: int) -> Iterator[Part]:
     if trains(layer.bias):
-        yield Dense((layer.bias,), grad.sum((2, 3)).reshape(batch, -1, layer.out_channels).sum(1))
+        yield Dense((layer.bias,), grad.flatten(2).sum(2).reshape(batch, -1, layer.out_channels).sum(1))
 
 
-def pad(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def pad(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     """The input with the layer's padding around it."""
     extents = zip(layer.dilation, layer.kernel_size, strict=True)
     if isinstance(layer.padding, str):

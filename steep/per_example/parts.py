@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CHUNK = 2**19
-"""Elements of an explicit slice of per-example gradients (2 MiB in float32)."""
+CHUNK = 2**16
+"""Elements of an explicit slice of per-example gradients: half a MiB in float64, so that it stays in a core's cache."""
 
 
 class Part(ABC):
@@ -82,15 +82,20 @@ class Sliced(Part):
         step = max(1, CHUNK // (self.batch * self.width))
         return (slice(start, min(start + step, self.height)) for start in range(0, self.height, step))
 
+    def columns(self) -> Iterator[Tensor]:
+        """All columns of J, some at a time and in any order, (B, n); none is wider than the first."""
+        return (self.rows(rows).flatten(1) for rows in self.slices())
+
     def gram(self) -> Tensor:
-        total = self._zeros(self.batch, self.batch)
-        for rows in self.slices():
-            j = self.rows(rows).flatten(1).double()
-            total.addmm_(j, j.T)
+        total, buffer = self._zeros(self.batch, self.batch), None
+        for j in self.columns():
+            buffer = torch.empty_like(j, dtype=torch.float64) if buffer is None else buffer  # fresh memory is slow
+            wide = buffer[:, : j.shape[1]].copy_(j)
+            total.addmm_(wide, wide.T)
         return total
 
     def squares(self) -> Tensor:
-        return sum((self.rows(rows).double().square().sum((1, 2)) for rows in self.slices()), self._zeros(self.batch))
+        return sum((j.double().square().sum(1) for j in self.columns()), self._zeros(self.batch))
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         slices = [torch.tensordot(w.to(j), j, 1) for j in map(self.rows, self.slices())]
@@ -154,8 +159,7 @@ class Outer(Sliced):
         return self.d[:, :, rows].mT @ self.a
 
     def gram(self) -> Tensor:
-        size = self.height * self.width
-        if self.positions**2 * (self.height + self.width) < size * (1 + self.positions / self.batch):
+        if pairwise_is_cheaper(self.positions, self.height, self.width, self.batch):
             return self._pairwise()
         if self.has_bias:
             return sum(part.gram() for part in self.split())  # type: ignore[return-value]
@@ -195,6 +199,11 @@ class Outer(Sliced):
 
     def _bias(self) -> Dense:
         return Dense((self.params[1],), self.d.sum(1))
+
+
+def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int) -> bool:
+    """Whether products of all pairs of positions take fewer operations than the gradients, and their products."""
+    return positions**2 * (outputs + inputs) < outputs * inputs * (1 + positions / batch)
 
 
 def _kernel(t: Tensor, left: slice) -> Tensor:
