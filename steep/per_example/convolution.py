@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,8 @@ class Patches(Sliced):
     def _seen_at(self, offset: tuple[int, ...]) -> Tensor:
         _, stride, dilation, _ = self.geometry
         along = zip(offset, stride, dilation, self.positions, strict=True)
-        return self.x[(..., *(slice(o * d, o * d + (n - 1) * s + 1, s) for o, s, d, n in along))]
+        seen: list[Any] = [slice(o * d, o * d + (n - 1) * s + 1, s) for o, s, d, n in along]
+        return self.x[(..., *seen)]
 
     def gram(self) -> Tensor:
         positions = prod(self.positions) * len(self.grad) // self.batch
@@ -166,8 +167,9 @@ def transposed_convolution(
     x, grad = (t.reshape(-1, *t.shape[-dims:]) for t in (x, grad))
     geometry = Geometry.of(layer)
     if trains(layer.weight):
-        sides = [p for p in reversed(layer.padding) for _ in range(2)]  # type: ignore[union-attr]
-        seen = tuple(slice(0, n) for n in geometry.reach(x.shape[2:]))  # less than all with an output padding
+        padding: Any = layer.padding
+        sides = [p for p in reversed(padding) for _ in range(2)]
+        seen: list[Any] = [slice(0, n) for n in geometry.reach(x.shape[2:])]  # less than all with an output padding
         yield weight_part((layer.weight,), geometry, F.pad(grad, sides)[(..., *seen)].contiguous(), x, batch)
     yield from bias_part(layer, grad, batch)
 

@@ -121,6 +121,28 @@ def transposed_convolution():
 
 
 @entry
+def volumes():
+    first = nn.Conv3d(2, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0), dilation=(1, 1, 2))
+    return nn.Sequential(first, nn.ReLU(), nn.Conv3d(4, 4, 2, groups=2, bias=False)), images(2, 3, 5, 3)
+
+
+@entry
+def transposed_convolutions_of_all_kinds():
+    return nn.Sequential(
+        nn.ConvTranspose1d(4, 6, 3, stride=3, padding=1, output_padding=2, dilation=2, groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose1d(6, 2, 2, bias=False),
+    ), images(4, 4)
+
+
+@entry
+def transposed_volumes():
+    return nn.ConvTranspose3d(2, 3, (2, 1, 3), stride=(2, 1, 2), padding=(1, 0, 1), output_padding=(1, 0, 0)), images(
+        2, 2, 3, 2
+    )
+
+
+@entry
 def layer_norms():
     return nn.Sequential(nn.LayerNorm((4, 6)), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2)), images(4, 6)
 
