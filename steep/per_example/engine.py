@@ -25,11 +25,11 @@ NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the 
 class PerExample:
     """Per-example gradients of any model, without the B x P matrix, for about the price of one more backward.
 
-    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, LayerNorm, GroupNorm, BatchNorm in
-    evaluation mode and Embedding, tied and reused weights among them. Other layers are differentiated one example at a time, and parameters used
-    outside layers cost one backward per example. The rows are exact: on the first batch (and when a layer's output
-    fits the batch after it had not) a weighted sum of them is compared with an ordinary backward, and parameters
-    that differ are left to autograd from then on.
+    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, LayerNorm, GroupNorm,
+    BatchNorm in evaluation mode and Embedding, tied and reused weights among them. Other layers are differentiated
+    one example at a time, and parameters used outside layers cost one backward per example. The rows are exact: on
+    the first batch (and when a layer's output fits the batch after it had not) a weighted sum of them is compared
+    with an ordinary backward, and parameters that differ are left to autograd from then on.
 
     Args:
         model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
