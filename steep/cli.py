@@ -1,4 +1,4 @@
-"""The command line: ``steep list | show | fit | compare | claims | report``."""
+"""The command line: ``steep list | show | fit | compare | runs | report | claims``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import torch
 import typer
@@ -21,6 +21,9 @@ import steep
 from steep.card import Card, Choice, Range, card, cards
 from steep.tasks import tasks
 from steep.training import RunError
+
+if TYPE_CHECKING:
+    from steep.evidence.study import RunRecord
 
 P = ParamSpec("P")
 
@@ -33,7 +36,8 @@ app = typer.Typer(
 out = Console()
 
 Log = Annotated[str | None, typer.Option(help="tensorboard, wandb, mlflow or another of Accelerate's trackers")]
-Recipe = Annotated[str, typer.Argument(help="a task (see `steep list tasks`), file.py:recipe or package.module:recipe")]
+RECIPE = "a task (see `steep list tasks`), file.py:recipe or package.module:recipe"
+Recipe = Annotated[str, typer.Argument(help=RECIPE)]
 
 
 def _plainly(command: Callable[P, None]) -> Callable[P, None]:
@@ -188,8 +192,10 @@ def _value(text: str) -> Any:
 @app.command()
 @_plainly
 def compare(
-    recipe: Recipe,
-    methods: Annotated[list[str], typer.Option("--methods", "-m", help="ids ('a+b' joins two), or 'all'")],
+    recipe: Annotated[str | None, typer.Argument(help=RECIPE, show_default=False)] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option("--methods", "-m", help="ids ('a+b' joins two), or 'all'")
+    ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="further ids after --methods", show_default=False)] = None,
     minutes: Annotated[float | None, typer.Option(help="plan trials and seeds to fit")] = None,
     seeds: Annotated[int | None, typer.Option(help="paired confirmation seeds (8)")] = None,
@@ -201,11 +207,18 @@ def compare(
     score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
     out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
     log: Log = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on with the comparison that was started in this --out")
+    ] = None,
 ) -> None:
     """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
     from steep.evidence import table
     from steep.evidence.compare import compare as run
 
+    if resume is not None:
+        return _go_on(resume)
+    if recipe is None or not methods:
+        raise ValueError("give a recipe and --methods, or --resume DIR")
     ids = [*methods, *(more or [])]
     study = run(
         recipe,
@@ -224,6 +237,54 @@ def compare(
     for sentence in table.sentences(study):
         out.print(sentence, highlight=False, markup=False)
     print(f"report: {out_ / 'report.html'}")
+
+
+def _go_on(directory: Path) -> None:
+    """Run again what was typed to start a comparison."""
+    from steep.evidence.store import open_store
+
+    command = open_store(directory).command()
+    print(command, file=sys.stderr)
+    sys.argv = shlex.split(command)
+    app()
+
+
+@app.command()
+@_plainly
+def runs(
+    directory: Annotated[Path, typer.Argument(help="the --out of a compare, finished or not")] = Path("steep-compare"),
+    arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
+    role: Annotated[str | None, typer.Option(help="only tune, confirm, twin, equal-time or equal-examples")] = None,
+    outcome: Annotated[str | None, typer.Option(help="only finished or diverged")] = None,
+    seed: Annotated[int | None, typer.Option(help="only this seed")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object a line, with everything")] = False,
+) -> None:
+    """List the trainings that a comparison has made so far."""
+    from steep.evidence.store import open_store
+
+    wanted = {k: v for k, v in {"arm": arm, "role": role, "outcome": outcome, "seed": seed}.items() if v is not None}
+    found = [r for r in open_store(directory).records() if all(getattr(r, k) == v for k, v in wanted.items())]
+    found.sort(key=lambda r: (r.role, r.seed, r.arm))
+    if json_:
+        for record in found:
+            print(json.dumps(record.to_json()))
+    else:
+        out.print(_runs_table(found))
+
+
+def _runs_table(records: Iterable[RunRecord]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for heading in ("arm", "role", "seed", "settings", "outcome", "steps", "val loss", "test loss", "CPU s", "key"):
+        table.add_column(heading)
+    for r in records:
+        settings = [f"{id}.{k}={v:.4g}" for id, hyper in r.methods for k, v in hyper.items() if isinstance(v, float)]
+        losses = [f"{scores['loss']:.4g}" if "loss" in scores else "–" for scores in (r.val, r.test)]
+        scale = [f"lr_scale={r.lr_scale:.4g}"] if r.lr_scale != 1 else []
+        told = " ".join([*scale, *settings])
+        table.add_row(
+            r.arm, r.role, str(r.seed), told, r.outcome, str(r.steps), *losses, f"{r.cpu_seconds:.1f}", r.key[:8]
+        )
+    return table
 
 
 @app.command()

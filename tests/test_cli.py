@@ -146,3 +146,43 @@ def test_hyper_parameters_of_several_methods_are_told_apart():
     assert cli._hyper(["schedule=static", "n=2", "rate=None"], ["x"]) == {
         "x": {"schedule": "static", "n": 2, "rate": None}
     }
+
+
+def test_runs_lists_and_filters_and_resume_goes_on(monkeypatch, capsys, recipe_file, tmp_path):
+    arguments = ["--methods", "sgdp", "--trials", 1, "--seeds", 2, "--workers", 1, "--out", tmp_path / "out"]
+    assert run(monkeypatch, "compare", recipe_file, *arguments) == 0
+    first = capsys.readouterr().out
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
+
+    assert run(monkeypatch, "runs", tmp_path / "out", "--json") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["key"] for r in found} == {path.stem for path in kept}
+    assert run(monkeypatch, "runs", tmp_path / "out", "--json", "--arm", "sgdp", "--role", "confirm", "--seed", 1) == 0
+    (only,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (only["arm"], only["role"], only["seed"]) == ("sgdp", "confirm", 1)
+    assert run(monkeypatch, "runs", tmp_path / "out", "--outcome", "diverged") == 0
+    assert "sgdp" not in capsys.readouterr().out
+    assert run(monkeypatch, "runs", tmp_path / "out") == 0
+    assert "sgdp" in capsys.readouterr().out
+
+    (tmp_path / "out" / "study.json").unlink()  # as if it had been killed before the end
+    assert run(monkeypatch, "compare", "--resume", tmp_path / "out") == 0
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()} == kept
+
+
+def test_what_cannot_be_resumed_or_listed_is_told(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "compare") == 2
+    assert "give a recipe and --methods, or --resume DIR" in capsys.readouterr().err
+    assert run(monkeypatch, "compare", "--resume", tmp_path / "none") == 2
+    assert "no store at" in capsys.readouterr().err
+    Store(tmp_path / "empty")
+    assert run(monkeypatch, "compare", "--resume", tmp_path / "empty") == 2
+    assert "nothing to go on with" in capsys.readouterr().err
+
+
+def test_a_store_of_a_newer_version_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path):
+    (tmp_path / "store.json").write_text('{"format": 99}')
+    assert run(monkeypatch, "runs", tmp_path) == 2
+    assert "written by a newer steep" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]

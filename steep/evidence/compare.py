@@ -100,6 +100,8 @@ def compare(
     console = Console(stderr=True, quiet=not progress)
     store = Store(out)
     with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done, log) as pool:
+        if command:
+            store.put_command(command)
         comparison = _Comparison(loaded, source, store, pool, arms)
         checks, left_out = comparison.check(lenient=methods == "all")
         steps = comparison.fix_steps(checks[BASELINE])

@@ -36,10 +36,13 @@ class Store:
         self.directory = Path(directory)
         if self.directory.exists() and not self.directory.is_dir():
             raise StoreError(f"the store {self.directory} is a file: give a directory")
+        mark = self.directory / "store.json"
+        if mark.exists():
+            _read(mark)  # refuses what a newer version wrote, before anything is written
         try:
             for folder in ("runs", "pictures", "checkpoints"):
                 (self.directory / folder).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.directory / ".writable", "")
+            write_atomic(mark, _text({}))
         except OSError as error:
             raise StoreError(f"the store {self.directory} cannot be written to: {error.strerror or error}") from error
 
@@ -80,6 +83,21 @@ class Store:
     def records(self) -> list[RunRecord]:
         """Every run in the store."""
         return [_record(_read(path)) for path in sorted((self.directory / "runs").glob("*.json"))]
+
+    def put_command(self, command: str) -> None:
+        """Keep what to type to go on."""
+        write_atomic(self.directory / "command.txt", command + "\n")
+
+    def command(self) -> str:
+        """What was typed to start the comparison.
+
+        Raises:
+            StoreError: none was started here from the command line.
+        """
+        path = self.directory / "command.txt"
+        if not path.exists():
+            raise StoreError(f"nothing to go on with in {self.directory}: no `steep compare` was started there")
+        return path.read_text().strip()
 
     def put_study(self, study: Study) -> None:
         write_atomic(self.directory / "study.json", _text(asdict(study)))
