@@ -14,7 +14,7 @@ from torch.optim import SGD
 from steep.batches import Data, dirichlet_clients
 from steep.recipe import Budget, Recipe, Run, accuracy
 from steep.tasks import Task
-from steep.tasks._parts import Part, adamw, cross_entropy, loaders, split
+from steep.tasks._parts import Part, absolute_error, adamw, cross_entropy, loaders, split, squared_error
 from steep.tasks.networks import MLP, SmallCNN
 
 
@@ -51,6 +51,22 @@ def _digits_image(*, batch_size: int = 64, epochs: int = 20) -> Recipe:
         metric=accuracy,
         budget=Budget(epochs=epochs),
         name="digits-image",
+    )
+
+
+def _itself(generator: torch.Generator, batch_size: int) -> Data:
+    return loaders(*((x, x) for x, _ in _parts(generator, (64,))), batch_size=batch_size)
+
+
+def _digits_autoencoder(*, batch_size: int = 64, epochs: int = 40) -> Recipe:
+    return Recipe(
+        data=partial(_itself, batch_size=batch_size),
+        model=partial(MLP, 64, 32, 8, 32, 64, activation=nn.GELU),
+        loss=squared_error,
+        **adamw(1e-2),
+        metric=absolute_error,
+        budget=Budget(epochs=epochs),
+        name="digits-autoencoder",
     )
 
 
@@ -101,6 +117,11 @@ def _digits_federated(
 DIGITS = Task("digits", "1797 handwritten digits of 8 x 8 pixels; MLP 64-128-128-10; accuracy.", _digits)
 IMAGE = Task(
     "digits-image", "The same digits as images; CNN with GroupNorm that takes any size; accuracy.", _digits_image
+)
+AUTOENCODER = Task(
+    "digits-autoencoder",
+    "The same digits through 8 numbers and back; MLP 64-32-8-32-64; squared error.",
+    _digits_autoencoder,
 )
 FEDERATED = Task(
     "digits-federated",
