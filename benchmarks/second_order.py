@@ -1,8 +1,8 @@
 """Levenberg-Marquardt with its defaults against tuned Adam and tuned L-BFGS on regressions, at three time budgets.
 
-Every budget (a ninth, a third and all of `--steps` steps of Adam) is a comparison of its own by the usual protocol: equal
-tuning, paired seeds, schedules stretched to the budget, verdicts at equal CPU time. Of Levenberg-Marquardt only the
-learning rate is tuned. Reported as measured; `--store` keeps the runs.
+Every budget (a ninth, a third and all of `--steps` steps of Adam) is a comparison of its own by the usual protocol:
+equal tuning, paired seeds, schedules stretched to the budget, verdicts at equal CPU time. Of Levenberg-Marquardt only
+the learning rate is tuned. Reported as measured; `--store` keeps the runs.
 """
 
 from __future__ import annotations
