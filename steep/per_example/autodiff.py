@@ -15,6 +15,9 @@ from torch.func import functional_call, vjp, vmap
 
 from steep.per_example.parts import CHUNK, Part, height
 
+COLUMNS = 2**22
+"""Elements of whole columns that are put together at a time, from rows that must be computed again for each."""
+
 
 @dataclass
 class Blocks(Part):
@@ -57,6 +60,17 @@ class Blocks(Part):
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         flat = torch.cat([t.flatten() for t in v]).double()
         return torch.cat([j @ flat for _, j in self._matrices()])
+
+    def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Blocks hold whole rows, which are computed again for each `COLUMNS` elements of columns."""
+        total, step = sum(p.numel() for p in self.params), max(1, COLUMNS // self.batch)
+        dtype = self.params[0].dtype
+        pieces = [
+            f(torch.cat([j[:, start : start + step].to(dtype) for _, j in self._matrices()]))
+            for start in range(0, total, step)
+        ]
+        flat = torch.cat(pieces).split([p.numel() for p in self.params])
+        return tuple(t.to(p.dtype).view(p.shape) for t, p in zip(flat, self.params, strict=True))
 
     def masked(self, masks: Sequence[Tensor]) -> Blocks:
         return replace(self, masks=masks)

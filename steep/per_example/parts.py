@@ -9,7 +9,7 @@ token). All sums over parameters are accumulated in float64: the Gram matrix squ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,10 @@ class Part(ABC):
     @abstractmethod
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         """Their inner products with `v` (one tensor per parameter), (B,), float64."""
+
+    @abstractmethod
+    def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """What `f` makes of each parameter's column, one tensor per parameter; (B, n) to (n,), some at a time."""
 
     @abstractmethod
     def masked(self, masks: Sequence[Tensor]) -> Part:
@@ -106,6 +110,9 @@ class Sliced(Part):
         return sum(
             ((self.rows(rows) * matrix[rows]).sum((1, 2)).double() for rows in self.slices()), self._zeros(self.batch)
         )
+
+    def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return (torch.cat([f(self.rows(rows).flatten(1)) for rows in self.slices()]).view(self.params[0].shape),)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.params[0].device)
@@ -190,6 +197,10 @@ class Outer(Sliced):
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         moved = self.a @ v[0].flatten(1).T
         return ((moved + v[1] if self.has_bias else moved) * self.d).sum((1, 2)).double()
+
+    def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        weight = super().columnwise(f)
+        return (*weight, *self._bias().columnwise(f)) if self.has_bias else weight
 
     def masked(self, masks: Sequence[Tensor]) -> Outer:
         return replace(self, d=self.d * masks[0].to(self.d))

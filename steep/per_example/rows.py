@@ -43,6 +43,18 @@ class Rows:
         given = dict(zip(self.params, v, strict=True))
         return torch.stack([part.jvp([given[p] for p in part.params]) for part in self.parts]).sum(0)
 
+    def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+        """What `f` makes of the columns of J, such as their medians, without all of J at once.
+
+        Args:
+            f: from some of the columns (B, n), which it must not change, to a number for each (n,).
+
+        Returns:
+            a tensor per parameter, `None` for unused ones.
+        """
+        found = {p: g for part in self.parts for p, g in zip(part.params, part.columnwise(f), strict=True)}
+        return tuple(found.get(p) for p in self.params)
+
     def backward(self, w: Tensor) -> None:
         """Add ``Jᵀ w`` to the parameters' ``.grad`` as a backward pass does: gradient hooks and reducers run."""
         self.fill(lambda: self.vjp(w))
