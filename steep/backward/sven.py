@@ -19,6 +19,7 @@ with their biases), which the authors' README recommends since. Not here: `varia
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,16 @@ from steep.backward._conditions import check_vector, conditions
 from steep.card import Card, Paper, log_uniform
 from steep.per_example import PerExample
 from steep.recipe import Recipe
-from steep.validation import Ranges, check_ranges
+from steep.validation import Ranges, check_ranges, require
 
 RANGES: Ranges = {"rtol": "[0, 1)", "kappa": "(0, inf)", "param_fraction": "(0, 1]", "power": "[-1, 1]"}
 
 ROUNDING = 1e-7
 """Singular values below this share of the largest are rounding errors of a float64 Gram matrix."""
+
+SOLVERS = ("full", "randomized", "warm")
+OVERSAMPLE, PASSES = 10, 2
+"""Dimensions of the partial solvers beyond `rank`, and their multiplications with G."""
 
 
 class Sven:
@@ -53,7 +58,11 @@ class Sven:
         param_fraction: share of each layer's rows that take part in a step, drawn anew each time, in (0, 1].
         power: singular values are divided out to this power: 1 is Sven, 1/2 half-inverse gradients
             (arXiv 2203.10131), -1 the gradient of ``sum(r²)/2``.
-        seed: for the draws of `param_fraction`.
+        solver: of the eigenvalue problem where `rank` is less than B: "full"; "randomized", subspace iteration from a
+            random start; or "warm", from the subspace of the last step of as many conditions. They need far less time
+            for small ranks, and are exact if G has no more than `rank` + 10 eigenvalues above rounding. "warm" is for
+            batches that stay the same. Default "full".
+        seed: for the draws of `param_fraction` and of the partial solvers.
 
     Attributes:
         kept_rank: singular values kept at the last step. 0: the given numbers do not depend on the parameters.
@@ -85,14 +94,17 @@ class Sven:
         micro_batch: int = 1,
         param_fraction: float = 1.0,
         power: float = 1.0,
+        solver: str = "full",
         seed: int = 0,
     ):
         if rank is not None:
             _check_count("rank", rank)
+        _check_solver(solver, rank)
         _check_count("micro_batch", micro_batch)
         check_ranges({"rtol": rtol, "kappa": kappa, "param_fraction": param_fraction, "power": power}, RANGES)
         self.rank, self.rtol, self.kappa, self.micro_batch = rank, rtol, kappa, micro_batch
-        self.param_fraction, self.power = param_fraction, power
+        self.param_fraction, self.power, self.solver = param_fraction, power, solver
+        self.subspace: Tensor | None = None
         self.engine = PerExample(model)
         self.generator = torch.Generator().manual_seed(seed)
         self.kept_rank: int | None = None
@@ -124,7 +136,7 @@ class Sven:
         if not gram.isfinite().all():  # NaN, as from an ordinary backward; some eigen-solvers would raise
             self.kept_rank = 0
             return residuals * torch.nan
-        squares, u = torch.linalg.eigh(gram)  # ascending
+        squares, u = self._eigen(gram)
         s = squares.clamp(min=0).sqrt()
         keep = s > max(self.rtol, ROUNDING) * s[-1]
         if self.rank is not None:
@@ -132,24 +144,57 @@ class Sven:
         self.kept_rank = int(keep.sum())
         return u @ torch.where(keep, s ** -(1 + self.power) * (u.T @ residuals), 0.0)
 
+    def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, ascending, and eigenvectors in columns: all of them, or the largest `rank` + 10."""
+        size = len(gram) if self.rank is None else self.rank + OVERSAMPLE
+        if self.solver == "full" or size >= len(gram):
+            return torch.linalg.eigh(gram)
+        u = self._start(gram, size)
+        for _ in range(PASSES):
+            u = torch.linalg.qr(gram @ u)[0]
+        squares, turn = torch.linalg.eigh(u.T @ (gram @ u))
+        u = u @ turn
+        self.subspace = u if self.solver == "warm" else None
+        return squares, u
+
+    def _start(self, gram: Tensor, size: int) -> Tensor:
+        if self.subspace is not None and self.subspace.shape == (len(gram), size):
+            return self.subspace.to(gram)
+        return torch.randn(len(gram), size, dtype=gram.dtype, generator=self.generator).to(gram.device)
+
     def state_dict(self) -> dict[str, Any]:
-        """The generator, and the parameters known to need the slow way."""
-        return {"generator": self.generator.get_state(), "left_to_autograd": sorted(self.engine.left_to_autograd)}
+        """The generator, the subspace of the last step, and the parameters known to need the slow way."""
+        return {
+            "generator": self.generator.get_state(),
+            "subspace": self.subspace,
+            "left_to_autograd": sorted(self.engine.left_to_autograd),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
+        self.subspace = state["subspace"]
         self.engine.left_to_autograd = set(state["left_to_autograd"])
 
     def __repr__(self) -> str:
         return (
             f"Sven(rank={self.rank}, rtol={self.rtol}, kappa={self.kappa}, micro_batch={self.micro_batch}, "
-            f"param_fraction={self.param_fraction}, power={self.power})"
+            f"param_fraction={self.param_fraction}, power={self.power}, solver={self.solver!r})"
         )
 
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} must be an integer >= 1")
+
+
+def _check_solver(solver: str, rank: int | None) -> None:
+    require("solver", solver, solver in SOLVERS, f"one of {', '.join(SOLVERS)}")
+    if solver != "full" and rank is None:
+        warnings.warn(
+            f"solver={solver!r} finds the largest singular values only, but rank=None keeps them all, so that the full "
+            "solver is used: set rank",
+            stacklevel=3,
+        )
 
 
 def _check_divides(micro_batch: int, losses: Tensor) -> None:
@@ -168,6 +213,7 @@ def train_with_sven(
     micro_batch: int = 1,
     param_fraction: float = 1.0,
     power: float = 1.0,
+    solver: str = "full",
     seed: int = 0,
 ) -> Recipe:
     """Minimum-norm step towards the zeros of all per-example losses at once (singular value descent).
@@ -176,7 +222,7 @@ def train_with_sven(
 
     Args:
         lr: learning rate of SGD, > 0; the authors' README advises 0.05 .. 0.5.
-        rank, rtol, kappa, micro_batch, param_fraction, power, seed: see `Sven`.
+        rank, rtol, kappa, micro_batch, param_fraction, power, solver, seed: see `Sven`.
     """
     check_ranges({"lr": lr}, {"lr": "(0, inf)"})
     rule = partial(
@@ -187,6 +233,7 @@ def train_with_sven(
         micro_batch=micro_batch,
         param_fraction=param_fraction,
         power=power,
+        solver=solver,
         seed=seed,
     )
     return recipe.replace(backward=rule, optimizer=partial(torch.optim.SGD, lr=lr))
@@ -204,7 +251,7 @@ card = Card(
     plug=train_with_sven,
     space={"lr": log_uniform(0.01, 1.0), "rtol": log_uniform(1e-4, 1e-1)},
     needs=Sven.needs,
-    variants={"rank": 2, "rtol": 0.3},
-    neutral={"seed"},  # nothing is drawn unless param_fraction is below 1
+    variants={"rank": 2, "rtol": 0.3, "solver": "randomized"},
+    neutral={"seed", "solver"},  # without param_fraction below 1, or a rank, nothing is drawn
     formula="G = M M' = U S^2 U';  grad = M' U_k S_k^-2 U_k' r,  r = sign(v)|v|^(kappa/2), M = dr/dtheta",
 )

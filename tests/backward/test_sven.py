@@ -358,6 +358,99 @@ def test_parameter_fraction_draws_anew_and_from_its_seed_only():
     assert not torch.equal(kept(1)[0], first)
 
 
+# ---- partial eigen-solvers
+
+
+def covered():
+    """Thirty conditions of rank 4 at most."""
+    model, (x, y) = nn.Linear(3, 1).double(), data(30, 3)
+    return model, lambda: model(x).squeeze(-1) - y
+
+
+@pytest.mark.parametrize("solver", ["randomized", "warm"])
+@pytest.mark.parametrize("rank", [2, 4, 10])
+@pytest.mark.parametrize("option", [{}, {"power": 0.5}, {"micro_batch": 2, "kappa": 1.5}])
+def test_partial_solvers_are_exact_where_the_rank_is_covered(solver, rank, option):
+    if "micro_batch" in option:
+        rank = min(rank, 4)
+    model, losses = covered()
+    full = update(model, losses, rank=rank, **option)
+    for seed in range(3):
+        found = update(model, losses, rank=rank, solver=solver, seed=seed, **option)
+        torch.testing.assert_close(found, full, rtol=1e-7, atol=1e-9)
+
+
+def slow():
+    """Sixty conditions whose singular values fall slowly: a random start has not found the largest after two passes."""
+    model, (x, y) = net(20, 30, 1), data(60, 20)
+    return model, lambda: model(x).squeeze(-1) - y
+
+
+def test_a_warm_start_finds_the_truncated_step_on_a_batch_that_stays():
+    model, losses = slow()
+    full = update(model, losses, rank=4)
+    errors = {}
+    for solver in ("randomized", "warm"):
+        rule = Sven(model, rank=4, solver=solver)
+        for _ in range(40):
+            model.zero_grad()
+            rule(losses())
+        errors[solver] = ((flat_grad(model) - full).norm() / full.norm()).item()
+        assert rule.kept_rank == 4
+    assert errors["randomized"] > 1e-3
+    assert errors["warm"] < 1e-6
+
+
+def test_another_number_of_conditions_starts_anew():
+    model, (x, y) = nn.Linear(3, 1).double(), data(30, 3)
+    rule = Sven(model, rank=4, solver="warm")
+    for count in (20, 30, 20):
+        model.zero_grad()
+        rule(model(x[:count]).squeeze(-1) - y[:count])
+        assert rule.subspace.shape == (count, 14)
+        found = flat_grad(model)
+        torch.testing.assert_close(found, update(model, lambda n=count: model(x[:n]).squeeze(-1) - y[:n], rank=4))
+
+
+@pytest.mark.parametrize("solver", ["randomized", "warm"])
+def test_few_conditions_are_solved_in_full(solver):
+    model, (x, y) = net(20, 30, 1), data(14, 20)
+    full = update(model, lambda: model(x).squeeze(-1) - y, rank=4)
+    assert torch.equal(update(model, lambda: model(x).squeeze(-1) - y, rank=4, solver=solver), full)
+
+
+@pytest.mark.parametrize("solver", ["randomized", "warm"])
+def test_partial_solvers_go_on_from_a_checkpoint_bit_for_bit(solver):
+    model, losses = slow()
+    first = Sven(model, rank=4, solver=solver)
+    first(losses())
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = Sven(model, rank=4, solver=solver, seed=7)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    found = []
+    for rule in (first, second, Sven(model, rank=4, solver=solver)):
+        model.zero_grad()
+        rule(losses())
+        found.append(flat_grad(model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("solver", ["randomized", "warm"])
+def test_partial_solvers_of_nothing_and_of_what_is_not_finite(solver):
+    model, x = nn.Linear(3, 1, bias=False), torch.zeros(20, 3)
+    assert not update(model, lambda: model(x).squeeze(-1) - 1, rank=2, solver=solver).any()
+    x[3, 1] = torch.inf
+    assert update(model, lambda: model(x).squeeze(-1) - 1, rank=2, solver=solver).isnan().all()
+
+
+def test_a_partial_solver_without_a_rank_says_that_it_is_not_used():
+    with pytest.warns(UserWarning, match="solver='warm' finds the largest singular values only.*set rank"):
+        Sven(nn.Linear(2, 1), solver="warm")
+
+
 # ---- every option has an effect, state, bad input
 
 
@@ -443,7 +536,7 @@ def test_copies_go_with_their_copy_of_the_model():
     assert (
         repr(rule)
         == repr(backward)
-        == ("Sven(rank=None, rtol=0.001, kappa=2.0, micro_batch=1, param_fraction=0.5, power=1.0)")
+        == ("Sven(rank=None, rtol=0.001, kappa=2.0, micro_batch=1, param_fraction=0.5, power=1.0, solver='full')")
     )
 
 
@@ -459,6 +552,7 @@ def test_copies_go_with_their_copy_of_the_model():
         ({"param_fraction": 0.0}, r"param_fraction=0.0 must lie in \(0, 1\]"),
         ({"param_fraction": 1.1}, "param_fraction=1.1 must lie"),
         ({"power": 1.5}, r"power=1.5 must lie in \[-1, 1\]"),
+        ({"solver": "fast", "rank": 2}, "solver='fast' must be one of full, randomized, warm"),
         ({"kappa": "two"}, "kappa='two' must be a number"),
     ],
 )
