@@ -30,6 +30,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,9 +136,16 @@ def clipped(clip: float, size: int) -> int:
 def winsorized_mean(j: Tensor, clip: float) -> Tensor:
     """Means of the columns of j, (B, n), with the share `clip` of them at either end clipped; (n,)."""
     size, k = len(j), clipped(clip, len(j))
-    ordered = j.T.contiguous().sort(1).values  # several times faster than along the first dimension
+    ordered = _sorted(j.T.contiguous())
     ends = ordered[:, k] + ordered[:, size - 1 - k]
     return (ordered[:, k : size - k].sum(1) + k * ends) / size + 0 * (ordered[:, 0] + ordered[:, -1])  # NaN stays NaN
+
+
+def _sorted(t: Tensor) -> Tensor:
+    """Sorted along the last dimension; NumPy's sort of plain numbers is ten times as fast as torch's on a CPU."""
+    if t.is_cpu and t.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sort(t.numpy()))
+    return t.sort().values
 
 
 def median(means: list[Gradients]) -> Gradients:

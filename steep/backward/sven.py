@@ -15,6 +15,11 @@ holds only rounding), so that the units of the loss do not matter. Signs are kep
 the paper's kappa = 1 for the loss e², without the infinite derivative at e = 0. A zero G gives a zero gradient where
 the code raises. Parameter fraction: the paper draws single parameters or whole blocks; here rows (output neurons
 with their biases), which the authors' README recommends since. Not here: `variable_k` and the RMSprop variants.
+
+Partial solvers are subspace iterations on G, where the code's work on M. Measured at rank 32, MLPs of width 16 and 128,
+one thread: a step takes 1.2 to 1.3 times less for B = 256, 1.7 to 2.1 times for B = 512, and none for rank B/2. Where
+singular values fall slowly, "randomized" differs from the full step by about its length; "warm", on a batch that stays
+the same, by less than 1 % up to rank 64.
 """
 
 from __future__ import annotations
@@ -58,10 +63,10 @@ class Sven:
         param_fraction: share of each layer's rows that take part in a step, drawn anew each time, in (0, 1].
         power: singular values are divided out to this power: 1 is Sven, 1/2 half-inverse gradients
             (arXiv 2203.10131), -1 the gradient of ``sum(r²)/2``.
-        solver: of the eigenvalue problem where `rank` is less than B: "full"; "randomized", subspace iteration from a
-            random start; or "warm", from the subspace of the last step of as many conditions. They need far less time
-            for small ranks, and are exact if G has no more than `rank` + 10 eigenvalues above rounding. "warm" is for
-            batches that stay the same. Default "full".
+        solver: of the eigenvalue problem: "full"; "randomized", subspace iteration from a random start; or "warm", from
+            the subspace of the last step, for batches that stay the same. The partial ones are exact if G has at most
+            `rank` + 10 eigenvalues above rounding, and replaced by "full" where that is more than half of the
+            conditions. Default "full".
         seed: for the draws of `param_fraction` and of the partial solvers.
 
     Attributes:
@@ -147,7 +152,7 @@ class Sven:
     def _eigen(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues, ascending, and eigenvectors in columns: all of them, or the largest `rank` + 10."""
         size = len(gram) if self.rank is None else self.rank + OVERSAMPLE
-        if self.solver == "full" or size >= len(gram):
+        if self.solver == "full" or 2 * size > len(gram):  # beyond half of them, the full solver is as fast
             return torch.linalg.eigh(gram)
         u = self._start(gram, size)
         for _ in range(PASSES):
@@ -172,7 +177,7 @@ class Sven:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"])
-        self.subspace = state["subspace"]
+        self.subspace = state.get("subspace")  # states of earlier versions have none
         self.engine.left_to_autograd = set(state["left_to_autograd"])
 
     def __repr__(self) -> str:

@@ -137,6 +137,16 @@ def test_stays_in_the_range_and_forgets_the_order():
         assert torch.equal(found, winsorized_mean(j[torch.randperm(11)], clip))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_type_of_numbers_and_without_changing_them(dtype):
+    j = torch.randn(9, 1).to(dtype)
+    before = j.clone()
+    found = winsorized_mean(j, 0.2)
+    assert torch.equal(j, before)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), winsorized(before.double(), 2), rtol=2e-2, atol=1e-2)
+
+
 def test_one_example_cannot_move_it_far():
     j = torch.randn(10, 5).double()
     far = j.clone()
