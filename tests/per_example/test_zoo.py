@@ -29,6 +29,7 @@ def tiny_chunks(monkeypatch):
     """Every loop over slices, positions, samples and blocks takes several turns."""
     for module in (parts, layers, convolution, embedding, autodiff):
         monkeypatch.setattr(module, "CHUNK", 60)
+    monkeypatch.setattr(autodiff, "COLUMNS", 200)
 
 
 def build(name):
@@ -64,6 +65,7 @@ def check(rows, j):
         (rows.norms(), j.norm(dim=1)),
         (flatten(rows.params, rows.vjp(w)), w @ j),
         (rows.jvp(v), j @ flatten(rows.params, v)),
+        (flatten(rows.params, rows.columnwise(lambda columns: columns.amax(0))), j.amax(0)),
     ):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
