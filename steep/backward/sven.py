@@ -18,8 +18,8 @@ with their biases), which the authors' README recommends since. Not here: `varia
 
 Partial solvers are subspace iterations on G, where the code's work on M. Measured at rank 32, MLPs of width 16 and 128,
 one thread: steps are 1.2 to 1.3 times as fast for B = 256, and 1.7 to 2.1 times for B = 512; nothing is gained at rank
-B/2. Where singular values fall slowly, "randomized" differs from the full step by about its length; "warm", on a batch that stays
-the same, by less than 1 % up to rank 64.
+B/2. Where singular values fall slowly, "randomized" differs from the full step by about its length; "warm", on a
+batch that stays the same, by less than 1 % up to rank 64.
 """
 
 from __future__ import annotations
