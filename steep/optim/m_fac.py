@@ -56,13 +56,14 @@ RANGES: Ranges = {
     "momentum": "[0, 1)",
     "weight_decay": "[0, inf)",
 }
-PIECE = 2**15  # columns of G taken to float64 at a time
+PIECE = 2**17  # numbers of G taken to float64 at a time: as many as stay in the cache until they are used
 LARGE = 2**33  # bytes of G above which a warning is due
 
 
 def dots(rows: Tensor, g: Tensor) -> Tensor:
     """rows g in float64: (m, n) by (n,) is (m,)."""
-    pieces = zip(rows.split(PIECE, 1), g.split(PIECE), strict=True)
+    columns = max(1, (PIECE if rows.is_cpu else 2**24) // len(rows))
+    pieces = zip(rows.split(columns, 1), g.split(columns), strict=True)
     return torch.stack([a.double() @ b.double() for a, b in pieces]).sum(0)
 
 

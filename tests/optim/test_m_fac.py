@@ -180,7 +180,7 @@ def test_a_group_added_later_starts_with_an_empty_window():
     np.testing.assert_allclose(flat([p, q]), expected[-1], rtol=1e-9)
 
 
-@pytest.mark.parametrize("pieces", [7, 2**15])
+@pytest.mark.parametrize("pieces", [1, 56, 2**17])  # a column, seven, all at once
 def test_single_precision_is_accurate_at_small_damping(pieces, monkeypatch):
     """Similar gradients and a λ far below their rounding times their length: K in float32 would not do."""
     monkeypatch.setattr(m_fac, "PIECE", pieces)
