@@ -83,6 +83,11 @@ def descent(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
     return (g + group["weight_decay"] * p if group["weight_decay"] else g).reshape(-1)
 
 
+def _announce(size: int) -> None:
+    if size > LARGE:  # it fills up step by step, long after one would have looked
+        warnings.warn(f"MFAC keeps {size / 2**30:.0f} GiB of gradients: lower ngrads if that is too much", stacklevel=7)
+
+
 class MFAC(Optimizer):
     """Natural gradient of the last `ngrads` gradients: each step is multiplied by the inverse of their damped empirical
     Fisher matrix over all parameters, exactly, without forming it.
@@ -157,6 +162,9 @@ class MFAC(Optimizer):
         first, m = self.param_groups[0]["params"][0], self.param_groups[0]["ngrads"]
         shared: dict[str, Tensor] = self.state[first]
         if "gram" not in shared:
+            _announce(
+                m * sum(p.numel() * working_dtype(p.dtype).itemsize for g in self.param_groups for p in g["params"])
+            )
             shared["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             shared["gram"] = torch.zeros(m, m, dtype=torch.float64, device=first.device)
         return shared
@@ -194,15 +202,9 @@ class MFAC(Optimizer):
 
     def _rows(self, p: Tensor, g: Tensor) -> Tensor:
         """A parameter's columns of G, (m, n)."""
-        state, m = self.state[p], self.param_groups[0]["ngrads"]
+        state = self.state[p]
         if "grads" not in state:
-            if m * g.nbytes > LARGE:
-                warnings.warn(
-                    f"MFAC keeps {m} gradients, {m * g.nbytes / 2**30:.0f} GiB for a parameter of shape "
-                    f"{tuple(p.shape)}: lower ngrads={m} if memory is short",
-                    stacklevel=5,
-                )
-            state["grads"] = g.new_zeros(m, g.numel())
+            state["grads"] = g.new_zeros(self.param_groups[0]["ngrads"], g.numel())
         rows: Tensor = state["grads"]
         return rows
 

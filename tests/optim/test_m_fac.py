@@ -1,6 +1,7 @@
 """M-FAC against the dense inverse of its Fisher matrix, the paper's own recursions, and its limits."""
 
 import io
+import warnings
 from collections import deque
 from typing import Any
 
@@ -344,12 +345,15 @@ def test_complex_parameters_are_refused_before_anything_changes():
     assert not optimizer.state
 
 
-def test_a_large_window_is_announced(monkeypatch):
-    monkeypatch.setattr(m_fac, "LARGE", 100)
-    p = nn.Parameter(torch.ones(6))
-    p.grad = torch.ones(6)
-    with pytest.warns(UserWarning, match=r"MFAC keeps 5 gradients.*shape \(6,\): lower ngrads=5"):
-        MFAC([p], ngrads=5).step()
+def test_a_large_window_is_announced_once(monkeypatch):
+    start, grads = problem(2)
+    monkeypatch.setattr(m_fac, "LARGE", 5 * 11 * 8)
+    with pytest.warns(UserWarning, match="MFAC keeps 0 GiB of gradients: lower ngrads") as found:
+        follow(start, grads, ngrads=6)
+    assert [warning.filename for warning in found] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        follow(start, grads, ngrads=5)
 
 
 def losses_on_a_badly_scaled_regression(make: Any, seed: int) -> float:
