@@ -168,7 +168,7 @@ def _gather(
     kinds = [(type(p), g.layout, p.dtype, p.device, p.shape if by_shape else None) for p, g, _ in members]
     fresh: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
     for kind, (p, _, s) in zip(kinds, members, strict=True):
-        _check_kind(optimizer, *kind[:3])
+        check_kind(optimizer, *kind[:3])
         if not s:
             fresh.setdefault(kind, []).append((p, s))
     for alike in fresh.values():
@@ -185,7 +185,7 @@ def _count(steps: list[Tensor]) -> list[float]:
     return torch.stack(steps).tolist() if steps else []
 
 
-def _check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
+def check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
     if layout is torch.strided and not dtype.is_complex and not hasattr(param, "to_local"):
         return
     owner = type(optimizer).__name__

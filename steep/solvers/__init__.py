@@ -1,0 +1,1 @@
+"""Problems solved directly, without a training loop."""
