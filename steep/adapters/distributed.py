@@ -159,7 +159,8 @@ class GlobalBatch:
     what one process would get from the concatenated batch. The local batches may differ in length.
 
     Args:
-        rule: built on the per-example engine (`steep.backward.sven.Sven`), or `steep.Mean`.
+        rule: one on the per-example engine whose class says ``global_batch = True`` as it needs no more than Gram
+            matrix and weighted sums (`steep.backward.sven.Sven`), or `steep.Mean`.
         group: process group; the default one where it is `None`.
 
     Attributes:
@@ -175,6 +176,10 @@ class GlobalBatch:
     """
 
     def __init__(self, rule: Any, group: Any = None):
+        if hasattr(rule, "engine") and not getattr(rule, "global_batch", False):
+            raise TypeError(
+                f"{type(rule).__name__} needs more of the global batch than its Gram matrix: use it in one process"
+            )
         if not (hasattr(rule, "engine") or isinstance(rule, Mean)):
             raise TypeError(
                 f"{type(rule).__name__} is not built on the per-example engine, so its global batch is unknown: attach "

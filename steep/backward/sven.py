@@ -89,6 +89,7 @@ class Sven:
     """
 
     needs = frozenset({"losses", "model", "independent_examples"})
+    global_batch = True
 
     def __init__(
         self,

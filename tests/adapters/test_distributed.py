@@ -19,6 +19,7 @@ from two_processes import (
 )
 
 from steep.adapters.distributed import GlobalBatch, check_sharding, sharded
+from steep.backward.spring import Spring
 from steep.backward.sven import Sven
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import AdamP
@@ -64,6 +65,8 @@ def test_unlike_shapes_are_refused_in_every_process():
 def test_a_rule_whose_global_batch_is_unknown_is_refused():
     with pytest.raises(TypeError, match="not built on the per-example engine"):
         GlobalBatch(lambda losses, scale=1.0: None)
+    with pytest.raises(TypeError, match="Spring needs more of the global batch than its Gram matrix"):
+        GlobalBatch(Spring(nn.Linear(2, 1)))
     with pytest.raises(ValueError, match=r"shape \(B,\), got \(\).*reduction='none'"):
         GlobalBatch(Sven(nn.Linear(2, 1)))(torch.zeros(()))
 
