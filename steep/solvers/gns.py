@@ -21,6 +21,7 @@ What differs, and why:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,6 +98,8 @@ def minimize(
     root = _root(b, len(x))
     curvature = torch.func.hessian(loss) if hessian is None else hessian
     f, g = _value_and_gradient(loss, x)
+    if not math.isfinite(f):
+        raise ValueError(f"loss is {f} at the start: choose x where it is finite")
     if f != float(loss(x)):
         raise ValueError("loss differs between two calls at the same point: switch off dropout, take the full batch")
     losses, trials, size = [f], list[int](), _dual_norm(root, g)

@@ -194,6 +194,7 @@ def test_tolerance_and_limits_end_it():
         ({"metric": torch.eye(3) + torch.ones(3, 3).triu(1)}, "metric must be a symmetric"),
         ({"hessian": lambda x: x}, r"hessian must return a matrix \(3, 3\), got shape \(3,\)"),
         ({"loss": lambda x: x.square()}, r"loss must return a number, got shape \(3,\)"),
+        ({"loss": lambda x: (x - 2).log().sum()}, "loss is nan at the start"),
         ({"loss": lambda x: (x * torch.rand(3)).sum()}, "loss differs between two calls"),
     ],
     ids=str,
