@@ -119,8 +119,7 @@ def compare(
         steps = comparison.fix_steps(checks[BASELINE])
         cost = {name: c.step_seconds * steps + c.other_seconds for name, c in checks.items()}
         tuned = {arm.name: bool(arm.space) for arm in comparison.arms}
-        fixed = {"minutes": minutes, "trials": trials, "seeds": seeds, "sequential": sequential}
-        plan = agreed(agree, cost, tuned, workers, **fixed)
+        plan = agreed(agree, cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
         console.print(_announcement(plan, comparison.arms, left_out, workers))
         bar.expect(plan.runs)
         choices = comparison.tune(plan, score, metrics[score])
