@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +22,14 @@ from steep.cli import app
 from steep.evidence import shared as module
 from steep.evidence.jobs import Check, Job
 from steep.evidence.planning import agreed
+from steep.evidence.pool import Failure, Pool
 from steep.evidence.preflights import Preflights
 from steep.evidence.shared import alone, database, finished, join, without_passwords
+from steep.evidence.source import from_name
 from steep.evidence.store import Store, StoreError
 from steep.evidence.study import RunRecord
 from steep.recipe import Budget
+from steep.training import RunError
 
 SIZES = ["--trials", "2", "--seeds", "2", "--workers", "1"]
 QUICK = "from steep.evidence import shared; shared.BEAT, shared.GRACE = 1, 3; from steep.cli import main; main()"
@@ -253,14 +256,35 @@ def test_a_run_travels_with_its_picture(tmp_path):
         b.unpack("k", a.pack(sent) | {"format": 99})
 
 
-def test_a_run_that_is_in_the_own_store_is_handed_over_and_not_made_again(undisturbed, tmp_path):
-    recipe, _ = undisturbed
-    url, out = f"sqlite:///{tmp_path / 'shared.db'}", tmp_path / "out"
-    shutil.copytree(recipe.parent / "out", out)
-    before = runs(out)
-    assert machine(recipe, out, url).wait(120) == 0, (tmp_path / "out.log").read_text()
-    assert runs(out) == before
-    assert {f"{key}.json" for key in trainings(url)} == set(before)
+def test_runs_of_the_own_store_are_handed_over_and_others_are_taken_without_training(undisturbed, tmp_path):
+    source, url = from_name(f"{undisturbed[0]}:recipe"), f"sqlite:///{tmp_path / 'shared.db'}"
+    wanted, stores = list(jobs(3).values()), [Store(tmp_path / name) for name in ("a", "b")]
+    pools = [Pool(source, store, 2) for store in stores]  # not started: they cannot train
+    keys = [job.key(source, pools[0].code(job)) for job in wanted]
+    for i, key in enumerate(keys):
+        stores[0].put(record(key=key, seed=i, outcome="diverged"))
+    stores[1].put(record(key=keys[1], seed=1, seconds=9.0))  # made apart, before they shared anything
+    with join(url, "s") as pools[0].shared, join(url, "s") as pools[1].shared:
+        assert [r.seed for r in pools[0].run(wanted)] == [0, 1, 2]
+        assert [r.outcome for r in pools[1].run(wanted)] == ["diverged"] * 3
+        assert [t.state for t in pools[0].shared.study.trials] == [TrialState.COMPLETE] * 3
+    assert runs(stores[0].directory) == runs(stores[1].directory)
+
+
+def test_a_training_that_raises_is_given_back(undisturbed, tmp_path):
+    class Broken:
+        def submit(self, *_):
+            future = Future()
+            future.set_result(Failure("ValueError", "no such file", "x.py, line 1"))
+            return future
+
+    pool = Pool(from_name(f"{undisturbed[0]}:recipe"), Store(tmp_path / "out"), 2)
+    pool.executor = Broken()
+    with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as pool.shared:
+        with pytest.raises(RunError, match="no such file"):
+            pool.run(list(jobs(3).values()))
+        states = [t.state for t in pool.shared.study.trials]
+    assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
 
 
 @pytest.mark.parametrize(
