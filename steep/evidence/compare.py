@@ -155,7 +155,7 @@ class _Comparison:
     store: Store
     pool: Pool
     arms: list[Contender]
-    agree: Agree
+    agree: Agree = alone
 
     def check(self, lenient: bool) -> tuple[dict[str, Check], dict[str, str]]:
         """Train every arm for a moment. Arms that do not fit are left out if `lenient`, else the error is raised."""

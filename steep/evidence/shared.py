@@ -169,7 +169,10 @@ def _storage(place: URL, where: str) -> RDBStorage:
         raise StoreError("--storage with PostgreSQL needs psycopg: pip install 'steep[postgres]'") from error
     except SQLAlchemyError as error:
         raise StoreError(f"cannot reach the database {where}: {_reason(error)}") from error
-    storage = _created(place.render_as_string(hide_password=False), options | {"pool_pre_ping": True})
+    try:
+        storage = _created(place.render_as_string(hide_password=False), options | {"pool_pre_ping": True})
+    except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+        raise StoreError(f"cannot use the database {where}: {_reason(error)}") from error
     if place.get_backend_name() == "sqlite":
         _one_at_a_time(storage)
     return storage

@@ -332,6 +332,14 @@ def refused(url, undisturbed, tmp_path):
     return result.stderr
 
 
+def test_a_file_that_is_no_database_is_refused_and_left_alone(undisturbed, tmp_path):
+    (tmp_path / "notes.txt").write_text("not a database" * 100)
+    told = refused(f"sqlite:///{tmp_path / 'notes.txt'}", undisturbed, tmp_path)
+    assert "cannot use the database" in told
+    assert "file is not a database" in told
+    assert (tmp_path / "notes.txt").read_text() == "not a database" * 100
+
+
 def test_a_database_that_goes_away_is_named(tmp_path):
     path = tmp_path / "shared.db"
 
