@@ -207,6 +207,10 @@ def compare(
     score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
     out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
     log: Log = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="share it among machines: postgresql://USER@HOST/DATABASE, or sqlite:///FILE on one"),
+    ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="go on with the comparison that was started in this --out")
     ] = None,
@@ -214,6 +218,7 @@ def compare(
     """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
     from steep.evidence import table
     from steep.evidence.compare import compare as run
+    from steep.evidence.shared import without_passwords
 
     if resume is not None:
         return _go_on(resume)
@@ -230,8 +235,9 @@ def compare(
         out=out_,
         score=score,
         sequential=sequential,
-        command=shlex.join(["steep", *sys.argv[1:]]),
+        command=shlex.join(["steep", *without_passwords(sys.argv[1:])]),
         log=log,
+        storage=storage,
     )
     out.print(table.render(study))
     for sentence in table.sentences(study):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from steep.evidence.assemble import TWIN, assemble, compared, target, warnings
 from steep.evidence.budgets import in_its_time, on_its_examples, steps_for
 from steep.evidence.contenders import BASELINE, Contender, MethodLike, contenders, own_card
 from steep.evidence.jobs import Check, Job, picture, preflight
-from steep.evidence.planning import Plan, choose
+from steep.evidence.planning import Plan, agreed
 from steep.evidence.pool import Failure, Pool
 from steep.evidence.power import FEWEST_SEEDS, seeds_needed
 from steep.evidence.preflights import Preflights
 from steep.evidence.progress import StudyProgress
 from steep.evidence.sequential import Look, followed
+from steep.evidence.shared import Agree, alone, join
 from steep.evidence.source import Source, from_name, from_value
 from steep.evidence.statistics import DECIDED
 from steep.evidence.store import Store
@@ -48,6 +50,7 @@ def compare(
     progress: bool = True,
     command: str = "",
     log: str | None = None,
+    storage: str | None = None,
 ) -> Study:
     """Compare methods with a recipe, with equal tuning, paired seeds and controls, and write the report.
 
@@ -70,11 +73,13 @@ def compare(
         command: what to type to get this study again, for the report.
         log: log every training that is run to this Accelerate tracker ("tensorboard", "wandb", "mlflow", ...), in the
             folder `log` of `out`.
+        storage: URL of a database (``sqlite:///FILE``, ``postgresql://USER@HOST/DATABASE``), to share the trainings
+            with all who make the same call with it, each with an `out` of its own.
 
     Raises:
         UnknownName, RecipeError: the recipe or a method cannot be found.
         UnmetNeed, ValueError, TypeError: a method does not fit the recipe.
-        StoreError: `out` is a file, not writable, or in use.
+        StoreError: `out` is a file, not writable, or in use; `storage` is no URL or cannot be reached.
         RunError: a training raised.
 
     Example:
@@ -98,16 +103,23 @@ def compare(
     wanted = [c.id for c in cards().values() if c.plug is not None] if methods == "all" else named
     arms, workers = contenders(loaded, wanted), workers or os.cpu_count() or 1
     console = Console(stderr=True, quiet=not progress)
+    joined = join(storage, f"steep {loaded.name[:100]} {source.hash}") if storage is not None else nullcontext()
     store = Store(out)
-    with store.lock(), StudyProgress(console) as bar, Pool(source, store, workers, bar.done, log) as pool:
+    with (
+        joined as shared,
+        store.lock(),
+        StudyProgress(console) as bar,
+        Pool(source, store, workers, bar.done, log, shared) as pool,
+    ):
         if command:
             store.put_command(command)
-        comparison = _Comparison(loaded, source, store, pool, arms)
+        agree = shared.agree if shared else alone
+        comparison = _Comparison(loaded, source, store, pool, arms, agree)
         checks, left_out = comparison.check(lenient=methods == "all")
         steps = comparison.fix_steps(checks[BASELINE])
         cost = {name: c.step_seconds * steps + c.other_seconds for name, c in checks.items()}
         tuned = {arm.name: bool(arm.space) for arm in comparison.arms}
-        plan = choose(cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
+        plan = agreed(agree, cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
         console.print(_announcement(plan, comparison.arms, left_out, workers))
         bar.expect(plan.runs)
         choices = comparison.tune(plan, score, metrics[score])
@@ -143,6 +155,7 @@ class _Comparison:
     store: Store
     pool: Pool
     arms: list[Contender]
+    agree: Agree = alone
 
     def check(self, lenient: bool) -> tuple[dict[str, Check], dict[str, str]]:
         """Train every arm for a moment. Arms that do not fit are left out if `lenient`, else the error is raised."""
@@ -161,7 +174,7 @@ class _Comparison:
         """By arm; measured once for a store, so that a comparison which goes on is planned as it was."""
         first = {arm.name: self._job(arm, "preflight", arm.defaults(), 0) for arm in self.arms}
         keys = {name: job.key(self.source, self.pool.code(job)) for name, job in first.items()}
-        known = Preflights(self.store.directory, keys)
+        known = Preflights(self.store.directory, keys, self.agree)
         missing = [arm for arm in self.arms if arm.name not in known.checks]
         results = self.pool.apply(preflight, [(arm, self.source) for arm in missing])
         known.add({arm.name: r for arm, r in zip(missing, results, strict=True) if isinstance(r, Check)})
@@ -186,7 +199,7 @@ class _Comparison:
     def _tune(self, arm: Contender, plan: Plan, score: str, higher: bool) -> tuple[dict[str, Any], list[RunRecord]]:
         context = f"{self.source.hash} {self.pool.code(self._job(arm, 'tune', {}, 0))} {self.recipe.budget}"
         study = tuning.open_study(self.store.directory, arm, context)
-        tried = tuning.proposals(study, arm, plan.trials)
+        tried = self.agree(f"{plan.trials} trials of {arm.name}, {context}", tuning.proposals(study, arm, plan.trials))
         trials = self.pool.run([self._job(arm, "tune", chosen, tuning.FIRST_SEED) for chosen in tried])
         costs = [tuning.cost(trial, score, higher) for trial in trials]
         tuning.tell(study, costs)

@@ -8,6 +8,7 @@ from functools import partial
 
 from steep.evidence.power import minimum_detectable_effect, seeds_needed
 from steep.evidence.sequential import Look, planned
+from steep.evidence.shared import Agree
 from steep.evidence.tuning import EXTRA_SEEDS
 
 SEEDS, TRIALS = 8, 8
@@ -98,3 +99,24 @@ def choose(
             "Give more minutes, fewer methods or a smaller budget"
         )
     return fitting
+
+
+def agreed(
+    agree: Agree,
+    run_seconds: Mapping[str, float],
+    tuned: Mapping[str, bool],
+    workers: int,
+    *,
+    minutes: float | None,
+    trials: int | None,
+    seeds: int | None,
+    sequential: bool,
+) -> Plan:
+    """The trials and seeds that the first machine has chosen: others may have more workers, or fewer."""
+    request = f"trials and seeds for {minutes, trials, seeds, sequential} at {dict(run_seconds)}"
+    fixed = agree(request, None)
+    if fixed is None:
+        plan = choose(run_seconds, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
+        fixed = agree(request, (plan.trials, plan.seeds))
+    trials, seeds = fixed
+    return choose(run_seconds, tuned, workers, minutes=None, trials=trials, seeds=seeds, sequential=sequential)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,12 +17,14 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
 
 from steep.evidence.jobs import Job, run_job, start_worker
+from steep.evidence.shared import Shared, finished
 from steep.evidence.source import Source, code_version
 from steep.evidence.store import Store
 from steep.evidence.study import RunRecord
 from steep.training import RunError
 
 T = TypeVar("T")
+POLL = 1.0  # seconds between looks at what other machines have done
 RESTARTS = 3  # of the whole pool, when the system kills a worker (out of memory)
 
 
@@ -41,6 +45,7 @@ class Pool:
             than two processes.
         advanced: called once for every job done, found in the store or run.
         log: an Accelerate tracker's name, to log every training that is run.
+        shared: the study of other machines, to share the trainings with them.
     """
 
     def __init__(
@@ -50,8 +55,10 @@ class Pool:
         workers: int,
         advanced: Callable[[], None] = lambda: None,
         log: str | None = None,
+        shared: Shared | None = None,
     ):
         self.source, self.store, self.workers, self.advanced, self.log = source, store, workers, advanced, log
+        self.shared = shared
         self._versions: dict[tuple[str, ...], str] = {}
 
     def __enter__(self) -> Pool:
@@ -81,13 +88,52 @@ class Pool:
             RunError: a training raised. What has finished by then is kept.
         """
         keys = [job.key(self.source, self.code(job)) for job in jobs]
+        wanted = dict(zip(keys, jobs, strict=True))
+        found = self._run_shared(wanted, self.shared) if self.shared else self._run_here(wanted, keys)
+        return [replace(found[key], arm=job.arm, role=job.role) for key, job in zip(keys, jobs, strict=True)]
+
+    def _run_here(self, jobs: dict[str, Job], keys: Sequence[str]) -> dict[str, RunRecord]:
         found = {key: record for key in keys if (record := self.store.get(key)) is not None}
         for key in keys:
             if key in found:
                 self.advanced()
-        missing = {key: job for key, job in zip(keys, jobs, strict=True) if key not in found}
+        missing = {key: job for key, job in jobs.items() if key not in found}
         self._insist(lambda: self._run_missing(missing, found))
-        return [replace(found[key], arm=job.arm, role=job.role) for key, job in zip(keys, jobs, strict=True)]
+        return found
+
+    def _run_shared(self, jobs: dict[str, Job], shared: Shared) -> dict[str, RunRecord]:
+        """The same among machines: what is claimed is run here, and all take the record that counts."""
+        found: dict[str, RunRecord] = {}
+        self._insist(lambda: self._take_part(jobs, found, shared))
+        return found
+
+    def _take_part(self, jobs: dict[str, Job], found: dict[str, RunRecord], shared: Shared) -> None:
+        running: dict[Future[Any], str] = {}
+        try:
+            while missing := {key: job for key, job in jobs.items() if key not in found}:
+                trials = shared.look(missing)
+                for key, run in finished(trials):
+                    found[key] = self.store.unpack(key, run)
+                    self.advanced()
+                claimed = shared.claim(trials, self.workers - len(running))
+                for key in claimed:
+                    if (record := self.store.get(key)) is not None:
+                        self._hand_over(record, shared)
+                    else:
+                        running[self._submit(jobs[key])] = key
+                if not claimed or len(running) == self.workers:
+                    for future in _done(running):
+                        self._hand_over(self._result(future, jobs[running.pop(future)]), shared)
+        except BaseException:
+            shared.release()
+            raise
+
+    def _hand_over(self, record: RunRecord, shared: Shared) -> None:
+        shared.finish(record.key, self.store.pack(record), record.val.get("loss", math.inf))
+
+    def _submit(self, job: Job) -> Future[Any]:
+        where = str(self.store.directory)
+        return self.executor.submit(_guarded, run_job, job, self.source, where, self.code(job), self.log)
 
     def _insist(self, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, after another with new workers where the system killed one."""
@@ -103,12 +149,7 @@ class Pool:
         """Add to `found` what it lacks; what a killed pool had kept, but not handed over, is taken from the store."""
         kept = {key: self.store.get(key) for key in jobs if key not in found}
         found |= {key: record for key, record in kept.items() if record is not None}
-        where = str(self.store.directory)
-        futures = {
-            self.executor.submit(_guarded, run_job, job, self.source, where, self.code(job), self.log): key
-            for key, job in jobs.items()
-            if key not in found
-        }
+        futures = {self._submit(job): key for key, job in jobs.items() if key not in found}
         for future in as_completed(futures):
             key = futures[future]
             found[key] = self._result(future, jobs[key])
@@ -128,6 +169,13 @@ class Pool:
             return [future.result() for future in futures]
 
         return self._insist(attempt)
+
+
+def _done(running: dict[Future[Any], str]) -> set[Future[Any]]:
+    """What has finished by the next look at other machines' work."""
+    if not running:
+        time.sleep(POLL)
+    return wait(running, POLL, FIRST_COMPLETED).done
 
 
 def _start(parent: int) -> None:

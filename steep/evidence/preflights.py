@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steep.evidence.jobs import Check
+from steep.evidence.shared import Agree, alone
 from steep.files import write_atomic
 
 
@@ -18,11 +19,14 @@ class Preflights:
     Args:
         directory: of the store.
         keys: by arm, the content address of what was trained for a moment.
+        agree: what is said to other machines about an address, mapped to what counts for all.
     """
 
-    def __init__(self, directory: Path, keys: Mapping[str, str]):
-        self.path, self.keys = directory / "preflights.json", keys
+    def __init__(self, directory: Path, keys: Mapping[str, str], agree: Agree = alone):
+        self.path, self.keys, self.agree = directory / "preflights.json", keys, agree
         self._all: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        said = {key: agree(key, self._all.get(key)) for key in keys.values()}
+        self._all |= {key: check for key, check in said.items() if check is not None}
 
     @property
     def checks(self) -> dict[str, Check]:
@@ -30,5 +34,5 @@ class Preflights:
         return {name: Check(**self._all[key]) for name, key in self.keys.items() if key in self._all}
 
     def add(self, checks: Mapping[str, Check]) -> None:
-        self._all |= {self.keys[name]: asdict(check) for name, check in checks.items()}
+        self._all |= {self.keys[name]: self.agree(self.keys[name], asdict(check)) for name, check in checks.items()}
         write_atomic(self.path, json.dumps(self._all, indent=1))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ class Store:
     def records(self) -> list[RunRecord]:
         """Every run in the store."""
         return [_record(_read(path)) for path in sorted((self.directory / "runs").glob("*.json"))]
+
+    def pack(self, record: RunRecord) -> dict[str, Any]:
+        """A run and its picture as plain values, for another machine's store."""
+        picture = (self.directory / record.picture).read_bytes() if record.picture else b""
+        return {"format": FORMAT, "run": record.to_json(), "picture": base64.b64encode(picture).decode()}
+
+    def unpack(self, key: str, packed: Mapping[str, Any]) -> RunRecord:
+        """Keep the run that counts for all machines, instead of one of our own."""
+        if packed["format"] > FORMAT:
+            raise StoreError(f"a newer steep takes part in this study (this one reads format {FORMAT}): upgrade steep")
+        path = self.directory / "pictures" / f"{key}.png"
+        picture = f"pictures/{path.name}" if packed["picture"] else None
+        record = replace(_record(packed["run"]), key=key, picture=picture)
+        if self.get(key) != record:
+            if packed["picture"]:
+                write_atomic(path, base64.b64decode(packed["picture"]))
+            self.put(record)
+        return record
 
     def put_command(self, command: str) -> None:
         """Keep what to type to go on."""
