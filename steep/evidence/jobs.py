@@ -171,7 +171,7 @@ def job_log(job: Job, to: str, store: Store, key: str) -> Log:
 def _finished(trained: Result, recipe: Recipe, store: Store, key: str) -> dict[str, Any]:
     costs = {
         k: getattr(trained, k)
-        for k in ("steps", "examples", "seconds", "cpu_seconds", "preparation_seconds", "peak_memory")
+        for k in ("steps", "examples", "seconds", "cpu_seconds", "preparation_seconds", "other_seconds", "peak_memory")
     }
     return costs | {
         "outcome": "finished",

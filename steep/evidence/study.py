@@ -20,6 +20,7 @@ class RunRecord:
         lr_scale: factor on the learning rate of a recipe's own optimizer.
         outcome: "finished", "diverged" (a loss became NaN or infinite) or "failed" (with `message`).
         preparation_seconds: CPU seconds before the first step, for data, model and what a method makes beforehand.
+        other_seconds: CPU seconds of evaluating and saving.
         curve: one entry per evaluation: step, examples, seconds, cpu_seconds, loss and the metric.
         val, test: final scores ("loss" and the metric's name); empty unless finished.
         digest: hash of every step's loss: equal digests are equal trajectories.
@@ -42,6 +43,7 @@ class RunRecord:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     preparation_seconds: float = 0.0
+    other_seconds: float = 0.0
     peak_memory: int | None = None
     steps: int = 0
     examples: int = 0
