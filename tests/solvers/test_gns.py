@@ -197,7 +197,6 @@ def test_tolerance_and_limits_end_it():
         ({"loss": lambda x: (x - 2).log().sum()}, "loss is nan at the start"),
         ({"loss": lambda x: (x * torch.rand(3)).sum()}, "loss differs between two calls"),
     ],
-    ids=str,
     ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_bad_values_are_named(bad, message):
