@@ -5,6 +5,7 @@ import html
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,10 @@ def test_runs_lists_and_filters_and_resume_goes_on(monkeypatch, capsys, recipe_f
 
     assert run(monkeypatch, "runs", tmp_path / "out", "--json") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["source"] for r in found} == {recipe_file}
+    (kept_text,) = (tmp_path / "out" / "sources").iterdir()
+    assert {r["source_hash"] for r in found} == {kept_text.stem}
+    assert kept_text.read_text() == Path(recipe_file.removesuffix(":recipe")).read_text()
     assert {r["key"] for r in found} == {path.stem for path in kept}
     assert run(monkeypatch, "runs", tmp_path / "out", "--json", "--arm", "sgdp", "--role", "confirm", "--seed", 1) == 0
     (only,) = map(json.loads, capsys.readouterr().out.splitlines())

@@ -111,6 +111,7 @@ def compare(
         StudyProgress(console) as bar,
         Pool(source, store, workers, bar.done, log, shared) as pool,
     ):
+        store.put_source(source.hash, source.text())
         if command:
             store.put_command(command)
         agree = shared.agree if shared else alone

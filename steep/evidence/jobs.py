@@ -155,7 +155,14 @@ def run_job(job: Job, source: Source, directory: str, code: str, log: str | None
         outcome = _finished(trained, recipe, store, key)
     except NonFinite as error:
         outcome = {"outcome": "diverged", "message": str(error)}
-    record = RunRecord(**settings, **outcome, versions=versions(), hardware=hardware())
+    record = RunRecord(
+        **settings,
+        **outcome,
+        source=source.name,
+        source_hash=source.hash,
+        versions=versions(),
+        hardware=hardware(),
+    )
     store.put(record)
     return record
 

@@ -51,6 +51,15 @@ class Source:
         """The recipe, and the cards of the user's own methods."""
         return cloudpickle.loads(self.payload) if self.payload is not None else (load_recipe(self.name), {})
 
+    def text(self) -> str:
+        """What to read to know the recipe: its file, or what stands for it; kept with the runs."""
+        if self.payload is not None:
+            recipe, own = self.load()
+            return "\n".join([describe(recipe), *map(describe, own.values())])
+        if _is_task(self.name):
+            return f"steep.task({self.name!r})  # of steep {steep.__version__}"
+        return _file_of(self.name.rpartition(":")[0]).read_text()
+
 
 def from_name(name: str) -> Source:
     """Source of ``task``, ``file.py:recipe`` or ``package.module:recipe``."""
@@ -59,8 +68,11 @@ def from_name(name: str) -> Source:
         package = Path(inspect.getfile(importlib.import_module("steep.tasks"))).parent
         return Source(name, hashed(name, *(code_of(path) for path in sorted(package.glob("*.py")))))
     place, _, attribute = name.rpartition(":")
-    path = Path(place) if _is_file(place) else Path(inspect.getfile(importlib.import_module(place)))
-    return Source(name, hashed(attribute, code_of(path)))
+    return Source(name, hashed(attribute, code_of(_file_of(place))))
+
+
+def _file_of(place: str) -> Path:
+    return Path(place) if _is_file(place) else Path(inspect.getfile(importlib.import_module(place)))
 
 
 def from_value(recipe: Recipe, own: Mapping[str, Card]) -> Source:

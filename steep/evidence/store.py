@@ -103,6 +103,12 @@ class Store:
             self.put(record)
         return record
 
+    def put_source(self, hash: str, text: str) -> None:
+        """Keep the text of a recipe, once."""
+        path = self.directory / "sources" / f"{hash}.txt"
+        if not path.exists():
+            write_atomic(path, text)
+
     def put_command(self, command: str) -> None:
         """Keep what to type to go on."""
         write_atomic(self.directory / "command.txt", command + "\n")

@@ -24,6 +24,7 @@ class RunRecord:
         curve: one entry per evaluation: step, examples, seconds, cpu_seconds, loss and the metric.
         val, test: final scores ("loss" and the metric's name); empty unless finished.
         digest: hash of every step's loss: equal digests are equal trajectories.
+        source, source_hash: the recipe's name, and the hash of its source, whose text the store keeps under that name.
         picture: path of a PNG, relative to the store, for recipes that draw one.
     """
 
@@ -49,6 +50,8 @@ class RunRecord:
     examples: int = 0
     digest: str = ""
     picture: str | None = None
+    source: str = ""
+    source_hash: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
 
