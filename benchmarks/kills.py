@@ -49,7 +49,7 @@ recipe = steep.Recipe(
     name="tiny",
 )
 """
-MEASURED = {"seconds", "cpu_seconds", "preparation_seconds", "peak_memory", "versions", "hardware"}
+MEASURED = {"seconds", "cpu_seconds", "preparation_seconds", "other_seconds", "peak_memory", "versions", "hardware"}
 Seen = dict[Path, tuple[int, int, bytes]]
 
 
