@@ -50,9 +50,10 @@ def proposals(study: optuna.Study, arm: Contender, trials: int) -> list[dict[str
     if not arm.space:
         return [{}]
     space = {name: distribution(values) for name, values in arm.space.items()}
-    if not study.trials:
+    known = study.trials
+    if not known:
         study.enqueue_trial(arm.defaults())
-    while len([t for t in study.trials if t.state != TrialState.WAITING]) < trials:
+    for _ in range(trials - sum(t.state != TrialState.WAITING for t in known)):
         study.ask(space)
     return [dict(trial.params) for trial in study.trials[:trials]]
 
