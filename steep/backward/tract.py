@@ -7,8 +7,8 @@ z = x Wᵀ + bias (b, m) its outputs, g = dL/dz (b, m), and C = xᵀx/b (n, n):
     W.grad = gᵀx (C + λI)⁻¹ = gᵀ (xxᵀ/b + λI)⁻¹ x            (m, n); the second form where b < n
            = W - argmin_V |z - b g - x Vᵀ|² + λb |V - W|²    (with z from W; the bias aside)
 
-A convolution is the same map of patches: n = values of a patch, b = examples times output positions; with groups, each
-has a C of its own. Positions of a sequence count as rows too. Outputs, the bias' gradient and the input's do not change.
+A convolution is the same map of patches: n = values of a patch, b = examples times output positions; with groups,
+each has a C of its own. Positions of a sequence count as rows too. Outputs and the other gradients do not change.
 
 Paper: Petersen, Borgelt and Ermon, "TrAct: Making First-layer Pre-Activations Trainable" (arXiv 2410.23970). λ = 0.1
 is its only hyper-parameter's default, for standardised inputs, with learning rates left as they were.
@@ -149,11 +149,12 @@ class _Taught(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, weight: Tensor, x: Tensor, layer: nn.Module, lam: float) -> Tensor:
-        return z.view_as(z)
+        return z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, weight, x, ctx.layer, ctx.lam = inputs
+        z, weight, x, ctx.layer, ctx.lam = inputs
+        ctx.mark_dirty(z)  # not a view of it, which could not be followed by an in-place activation
         ctx.save_for_backward(x)
         ctx.dtype = weight.dtype
 
@@ -210,7 +211,7 @@ def _rows(layer: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def patches(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees of x (N, c, *extents): (groups, N * positions, c / groups * kernel).
+    """What each output position sees of x, (N, c, *extents): (groups, N * positions, c / groups * kernel).
 
     Rows are in the order of examples, then positions; columns in that of the weight's.
     """

@@ -195,7 +195,7 @@ def test_turns_of_the_inputs_turn_it_and_units_belong_to_lambda():
 
 
 def test_faint_inputs_move_their_outputs_as_strong_ones_do():
-    """Two orthogonal images, one of a tenth of the contrast: with a small lambda its output follows its gradient too."""
+    """Two orthogonal images, one of a tenth of the contrast: at a small lambda its output follows its gradient."""
     x, layer = torch.diag(torch.tensor([1.0, 0.1])).double(), nn.Linear(2, 1, bias=False).double()
     g = torch.ones(2, 1).double()
     ordinary, found = taught(layer, x, g), weight_gradient(layer, x, g, 1e-6)
@@ -292,6 +292,17 @@ def test_what_is_not_finite_stays_so(name, value):
     x[0, 0] = value
     TrAct(layer)
     assert not taught(layer, x, torch.ones_like(layer(x))).isfinite().any()
+
+
+@pytest.mark.parametrize("name", ["linear", "sequence", "2d", "same"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_an_in_place_activation_may_follow(name, batched):
+    layer, x = layer_and_input(name)
+    x = x if batched else x[0]
+    z = layer(x).detach()
+    TrAct(layer)
+    found = torch.autograd.grad(F.relu(layer(x), inplace=True).sum(), layer.weight)[0]
+    close(found, weight_gradient(layer, x, (z > 0).double(), 0.1))
 
 
 # ---- precision
@@ -418,7 +429,7 @@ def test_derivatives_through_the_input_are_kept():
     weights = [layer.weight.detach().clone().requires_grad_() for _ in range(2)]
     dz, through = parts(weights)
     TrAct(layer)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="requires a gradient"):
         found = torch.autograd.grad(penalty(), layer.weight)[0]
     close(found, through + formula(x.detach().numpy(), dz.numpy(), 0.1))
 
