@@ -101,6 +101,10 @@ def taught(layer, x, g):
     return torch.autograd.grad(layer(x), layer.weight, g)[0]
 
 
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
 def close(found, expected, **kwargs):
     torch.testing.assert_close(found, torch.as_tensor(expected).to(found.dtype), **kwargs)
 
@@ -156,7 +160,7 @@ def test_it_is_the_weight_that_fits_a_step_on_the_outputs(name):
     TrAct(layer, lam=lam)
     weight = layer.weight.detach()
     target = torch.cat([x @ weight.T - b * g, (lam * b) ** 0.5 * weight.T])
-    fitted = torch.linalg.lstsq(torch.cat([x, (lam * b) ** 0.5 * torch.eye(x.shape[1])]), target).solution.T
+    fitted = torch.linalg.lstsq(torch.cat([x, (lam * b) ** 0.5 * eye(x.shape[1])]), target).solution.T
     close(weight - taught(layer, x, g), fitted, rtol=1e-9, atol=1e-11)
 
 
@@ -164,9 +168,9 @@ def test_it_is_the_weight_that_fits_a_step_on_the_outputs(name):
 def test_both_closed_forms_are_the_same(b):
     x, g, lam = torch.randn(b, 7).double(), torch.randn(b, 3).double(), 0.1
     found = weight_gradient(nn.Linear(7, 3), x, g, lam)
-    close(found, g.T @ x @ torch.linalg.inv(x.T @ x / b + lam * torch.eye(7)), rtol=1e-9, atol=1e-12)
-    close(found, g.T @ torch.linalg.inv(x @ x.T / b + lam * torch.eye(b)) @ x, rtol=1e-9, atol=1e-12)
-    second = torch.eye(b) - x @ x.T / b @ torch.linalg.inv(x @ x.T / b / lam + torch.eye(b)) / lam  # as in the paper
+    close(found, g.T @ x @ torch.linalg.inv(x.T @ x / b + lam * eye(7)), rtol=1e-9, atol=1e-12)
+    close(found, g.T @ torch.linalg.inv(x @ x.T / b + lam * eye(b)) @ x, rtol=1e-9, atol=1e-12)
+    second = eye(b) - x @ x.T / b @ torch.linalg.inv(x @ x.T / b / lam + eye(b)) / lam  # as in the paper
     close(found, g.T @ second @ x / lam, rtol=1e-8, atol=1e-11)
 
 
