@@ -485,6 +485,14 @@ def test_rules_over_examples_see_the_changed_rows():
             close(p.grad, e, rtol=1e-9, atol=1e-11)
 
 
+def test_compiled():
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True)), torch.randn(4, 1, 5, 5)
+    TrAct(model)
+    expected = torch.autograd.grad(model(x).sum(), model[0].weight)[0]
+    fast = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(torch.autograd.grad(fast(x).sum(), model[0].weight)[0], expected)
+
+
 def test_functional_gradients():
     layer, x = layer_and_input("linear")
     TrAct(layer)
