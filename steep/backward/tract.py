@@ -2,7 +2,7 @@
 
 Ordinarily an input's influence on the first weights is proportional to its own values, so that faint images teach less
 than strong ones; an embedding layer, whose rows are its outputs, knows no such thing. With x (b, n) the layer's inputs,
-z = x Wᵀ + bias (b, m) its outputs, g = dL/dz (b, m), and C = xᵀx/b (n, n):
+z = x Wᵀ + bias (b, m) its outputs, g = dL/dz (b, m) of a mean loss L, and C = xᵀx/b (n, n):
 
     W.grad = gᵀx (C + λI)⁻¹ = gᵀ (xxᵀ/b + λI)⁻¹ x            (m, n); the second form where b < n
            = W - argmin_V |z - b g - x Vᵀ|² + λb |V - W|²    (with z from W; the bias aside)
@@ -10,8 +10,9 @@ z = x Wᵀ + bias (b, m) its outputs, g = dL/dz (b, m), and C = xᵀx/b (n, n):
 A convolution is the same map of patches: n = values of a patch, b = examples times output positions; with groups,
 each has a C of its own. Positions of a sequence count as rows too. Outputs and the other gradients do not change.
 
-Paper: Petersen, Borgelt and Ermon, "TrAct: Making First-layer Pre-Activations Trainable" (arXiv 2410.23970). λ = 0.1
-is its only hyper-parameter's default, for standardised inputs, with learning rates left as they were.
+Paper: Petersen, Borgelt and Ermon, "TrAct: Making First-layer Pre-Activations Trainable" (arXiv 2410.23970). λ, its
+only hyper-parameter, is 0.1 in their code and its examples, for standardised inputs, with learning rates left as they
+were.
 
 What differs: the authors' code inverts the matrix, knows two-dimensional convolutions only, and ignores dilation,
 groups and padding modes; here they are treated as they should be, by Cholesky factors, in float32 at least.
@@ -195,7 +196,7 @@ def weight_gradient(layer: Any, x: Tensor, g: Tensor, lam: float, *, less: bool 
 
 
 def _solved(gram: Tensor, lam: float, right: Tensor, less: bool) -> Tensor:
-    """``(gram + λI)⁻¹ right``, perhaps less `right`; NaN where the matrix is not finite, as ordinary gradients are."""
+    """``(gram + λI)⁻¹ right``, perhaps less `right`; NaN if the matrix is not finite, or λ lost in its rounding."""
     shifted = gram + lam * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(shifted)
     found = torch.where(failed[..., None, None] == 0, torch.cholesky_solve(right, factor), torch.nan)

@@ -262,14 +262,18 @@ def test_parameters_and_state_stay_and_removing_leaves_no_trace():
     assert handle.layers == {}
 
 
-def test_without_gradients_nothing_happens():
+@pytest.mark.filterwarnings("error")
+def test_without_a_gradient_of_the_weight_nothing_happens():
     layer, x = layer_and_input("linear")
+    x.requires_grad_()
+    g = torch.randn(9, 3).double()
     TrAct(layer)
     with torch.no_grad():
         assert layer(x).grad_fn is None
     layer.weight.requires_grad_(False)
-    g = torch.randn(9, 3).double()
-    close(torch.autograd.grad(layer(x), layer.bias, g)[0], g.sum(0))
+    dx, db = torch.autograd.grad(layer(x), [x, layer.bias], g)
+    close(db, g.sum(0))
+    close(dx, g @ layer.weight)
 
 
 @pytest.mark.parametrize("name", ["linear", "2d"])
@@ -310,6 +314,12 @@ def test_an_in_place_activation_may_follow(name, batched):
 
 
 # ---- precision
+
+
+def test_a_lambda_lost_in_rounding_is_not_passed_over():
+    x, g = torch.full((8, 4), 1000.0), torch.ones(8, 3)
+    assert weight_gradient(nn.Linear(4, 3), x, g, 1e-4).isnan().all()
+    assert weight_gradient(nn.Linear(4, 3), x, g, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["linear", "wide", "2d", "groups"])
