@@ -97,11 +97,11 @@ class TrAct:
         weight = layer.weight
         if not (torch.is_grad_enabled() and weight.requires_grad):
             return _outputs(layer, input, weight)
-        if input.requires_grad:
+        attached = input.requires_grad  # the input's gradient may be differentiated again: it must know the weight
+        if attached:
             _warn(name)
-        # where the input's gradient may be differentiated again, it must know the weight
-        z = _outputs(layer, input, weight if input.requires_grad else weight.detach())
-        return _Taught.apply(z, weight, input, layer, self.lam)
+        z = _outputs(layer, input, weight if attached else weight.detach())
+        return _Taught.apply(z, weight, input, layer, self.lam, attached)
 
     def remove(self) -> None:
         """Give the layer its ordinary gradient back."""
@@ -143,18 +143,18 @@ def _outputs(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 class _Taught(torch.autograd.Function):
     """The outputs as they are, whose gradient goes to the weight by the formula.
 
-    Where the outputs were made from the weight itself, its ordinary gradient comes that way and is subtracted here.
+    Where the outputs are attached to the weight, its ordinary gradient comes that way and is subtracted here.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z: Tensor, weight: Tensor, x: Tensor, layer: nn.Module, lam: float) -> Tensor:
+    def forward(z: Tensor, weight: Tensor, x: Tensor, layer: nn.Module, lam: float, attached: bool) -> Tensor:
         return z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, weight, x, ctx.layer, ctx.lam = inputs
+        z, weight, x, ctx.layer, ctx.lam, ctx.attached = inputs
         ctx.mark_dirty(z)  # not a view of it, which could not be followed by an in-place activation
         ctx.save_for_backward(x)
         ctx.dtype = weight.dtype
@@ -165,8 +165,8 @@ class _Taught(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with torch.autocast(g.device.type, enabled=False):
                 precise = torch.promote_types(ctx.dtype, torch.float32)
-                found = weight_gradient(ctx.layer, x.to(precise), g.to(precise), ctx.lam, less=x.requires_grad)
-        return g, None if found is None else found.to(ctx.dtype), None, None, None
+                found = weight_gradient(ctx.layer, x.to(precise), g.to(precise), ctx.lam, less=ctx.attached)
+        return g, None if found is None else found.to(ctx.dtype), None, None, None, None
 
 
 def weight_gradient(layer: Any, x: Tensor, g: Tensor, lam: float, *, less: bool = False) -> Tensor:

@@ -503,12 +503,21 @@ def test_compiled():
     close(torch.autograd.grad(fast(x).sum(), model[0].weight)[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore:TrAct is for a first layer")
 def test_functional_gradients():
     layer, x = layer_and_input("linear")
     TrAct(layer)
     params = {name: p.detach() for name, p in layer.named_parameters()}
-    found = torch.func.grad(lambda p: torch.func.functional_call(layer, p, x).square().sum())(params)
-    close(found["weight"], numpy_gradient(layer, x, 2 * layer(x), 0.1))
+
+    def loss(p, x):
+        return torch.func.functional_call(layer, p, x).square().sum()
+
+    z = layer(x).detach()
+    for of_x in (False, True):
+        found, *dx = torch.func.grad(loss, argnums=(0, 1) if of_x else (0,))(params, x)
+        close(found["weight"], numpy_gradient(layer, x, 2 * z, 0.1))
+        close(found["bias"], 2 * z.sum(0))
+        assert not of_x or torch.allclose(dx[0], 2 * z @ params["weight"])
 
 
 @pytest.mark.filterwarnings("ignore:each step takes")
