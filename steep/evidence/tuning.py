@@ -81,6 +81,11 @@ def finalists(costs: Sequence[float], trials: int) -> list[int]:
     return [i for i in order[:count] if math.isfinite(costs[i])] if count > 1 else []
 
 
+def by_trial(trials: Sequence[int], costs: Sequence[float]) -> dict[int, Sequence[float]]:
+    """Costs of the finalists on their further seeds, given seed by seed."""
+    return {trial: costs[k :: len(trials)] for k, trial in enumerate(trials)}
+
+
 def best(costs: Sequence[float], again: Mapping[int, Sequence[float]]) -> int:
     """The trial with the lowest mean cost, among the finalists where there are any."""
     if again:
