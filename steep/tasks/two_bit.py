@@ -28,11 +28,10 @@ FLIPS = {"train": (0.2, 0.1), "val": (0.5,), "test": (0.9,)}
 
 def domain(flip: float) -> Part:
     """All examples of the domain e = `flip`: bits -1 and 1, (80, 2), and labels 0 and 1, (80,)."""
-    cases, counts = torch.tensor(list(product((0, 1), repeat=3))), []  # y, whether x_1 is wrong, whether x_2 is
-    for _, wrong, swapped in cases.tolist():
-        share = (0.25 if wrong else 0.75) * (flip if swapped else 1 - flip) / 2
-        counts.append(round(SIZE * share))
-    y, *flipped = cases.repeat_interleave(torch.tensor(counts), 0).unbind(1)
+    cases = torch.tensor(list(product((0, 1), repeat=3)))  # the label, whether x_1 is wrong, whether x_2 is
+    shares = [(0.25 if wrong else 0.75) * (flip if other else 1 - flip) / 2 for _, wrong, other in cases.tolist()]
+    counts = torch.tensor([round(SIZE * share) for share in shares])
+    y, *flipped = cases.repeat_interleave(counts, 0).unbind(1)
     return torch.stack([2.0 * (y ^ bit) - 1 for bit in flipped], 1), y
 
 
@@ -46,8 +45,12 @@ def _part(name: str, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor
 
 def _data(generator: torch.Generator) -> Data:
     (x, y, domains), val, test = (_part(name, generator) for name in FLIPS)
-    held_out = (tensor_loader(*part[:2], SIZE) for part in (val, test))
-    return Data(tensor_loader(x, y, len(x), shuffle=True), *held_out, domains=domains)
+    return Data(
+        tensor_loader(x, y, len(x), shuffle=True),
+        tensor_loader(*val[:2], SIZE),
+        tensor_loader(*test[:2], SIZE),
+        domains=domains,
+    )
 
 
 def _two_bit(*, steps: int = 1000) -> Recipe:
