@@ -41,7 +41,7 @@ from steep.recipe import Recipe, Run, late
 from steep.validation import check_ranges, require
 
 KINDS = ("hgp", "hutchinson", "exact")
-NO_SECOND_DERIVATIVE = ("is not implemented", "differentiate twice")  # what autograd says then
+TWICE = "the head and the loss must be twice differentiable by the head's parameters"
 
 
 class HessianAlignment(nn.Module):
@@ -182,9 +182,11 @@ class HessianAlignment(nn.Module):
                 gradient, self.theta, v, create_graph=True, allow_unused=True, is_grads_batched=v.ndim == 2
             )
         except RuntimeError as error:
-            if any(text in str(error) for text in NO_SECOND_DERIVATIVE):
-                raise ValueError(f"the head and the loss must be twice differentiable, but: {error}") from error
+            if "is not implemented" in str(error):
+                raise ValueError(f"{TWICE}: {error}") from error
             raise
+        if any(part is None for part in parts) and _ends_in_an_error(gradient):
+            raise ValueError(f"{TWICE}: a function in them is marked with @once_differentiable")
         rows = v.shape[:-1]
         found = zip(parts, self.theta, strict=True)  # None where the loss is linear
         return torch.cat([v.new_zeros(*rows, p.numel()) if h is None else h.reshape(*rows, -1) for h, p in found], -1)
@@ -199,6 +201,19 @@ class HessianAlignment(nn.Module):
     def extra_repr(self) -> str:
         schedule = f"weight={self.weight}, anneal_steps={self.anneal_steps}"
         return f"kind={self.kind!r}, alpha={self.alpha}, beta={self.beta}, {schedule}, parameters={len(self.theta)}"
+
+
+def _ends_in_an_error(tensor: Tensor) -> bool:
+    """Whether its graph is cut by a node that raises, which autograd passes over when nothing else lies behind it."""
+    waiting, seen = [tensor.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            if node.name() == "torch::autograd::Error":
+                return True
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return False
 
 
 def by_domain(losses: Tensor, domains: Tensor) -> list[Tensor]:
@@ -217,7 +232,7 @@ def by_domain(losses: Tensor, domains: Tensor) -> list[Tensor]:
     present = domains.unique().tolist()
     if len(present) < 2:
         raise ValueError(
-            f"the batch holds examples of domain(s) {present} only, and two are needed: make it larger, or draw from each"
+            f"the batch holds examples of domain(s) {present} only, two are needed: make it larger, or draw from each"
         )
     return [losses[domains == domain].mean() for domain in present]
 
