@@ -110,6 +110,7 @@ class HessianAlignment(nn.Module):
             raise ValueError(f"the head ({type(head).__name__}) has no parameter that trains")
         self.loss, self.generator, self.kind, self.probes, self.detach = loss, generator, kind, probes, detach
         self.alpha, self.beta, self.weight, self.anneal_steps, self.steps = alpha, beta, weight, anneal_steps, 0
+        self._first = True
 
     @property
     def penalty_weight(self) -> float:
@@ -135,6 +136,7 @@ class HessianAlignment(nn.Module):
         if len(losses) < 2:
             raise ValueError(f"losses of {len(losses)} domain(s): there must be at least two to align")
         gradients = torch.stack([self._gradient(loss) for loss in losses])
+        self._look_once(gradients)
         curvatures = torch.stack([self._curvature(g) for g in gradients])
         mean = gradients.mean(0)
         mean_curvature = self._curvature(mean) if self.kind == "hgp" else curvatures.mean(0)
@@ -143,6 +145,12 @@ class HessianAlignment(nn.Module):
     def step(self) -> None:
         """Count an optimizer step."""
         self.steps += 1
+
+    def _look_once(self, gradients: Tensor) -> None:
+        """At the first call, refuse a graph cut by @once_differentiable, which autograd may take for flat."""
+        if self._first and _ends_in_an_error(gradients):
+            raise ValueError(f"{TWICE}: a function in them is marked with @once_differentiable")
+        self._first = False
 
     def _spread(self, each: Tensor, mean: Tensor) -> Tensor:
         """Mean squared distance of the rows of (n, p) from (p,)."""
@@ -185,8 +193,6 @@ class HessianAlignment(nn.Module):
             if "is not implemented" in str(error):
                 raise ValueError(f"{TWICE}: {error}") from error
             raise
-        if any(part is None for part in parts) and _ends_in_an_error(gradient):
-            raise ValueError(f"{TWICE}: a function in them is marked with @once_differentiable")
         rows = v.shape[:-1]
         found = zip(parts, self.theta, strict=True)  # None where the loss is linear
         return torch.cat([v.new_zeros(*rows, p.numel()) if h is None else h.reshape(*rows, -1) for h, p in found], -1)
@@ -204,7 +210,7 @@ class HessianAlignment(nn.Module):
 
 
 def _ends_in_an_error(tensor: Tensor) -> bool:
-    """Whether its graph is cut by a node that raises, which autograd passes over when nothing else lies behind it."""
+    """Whether its graph is cut anywhere by a node that would raise if autograd came to it."""
     waiting, seen = [tensor.grad_fn], set[Any]()
     while waiting:
         node = waiting.pop()

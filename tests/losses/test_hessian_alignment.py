@@ -350,8 +350,9 @@ def test_features_need_no_second_derivative_but_the_head_does(kind):
     loss = aligned(model[2], kind=kind, alpha=1.0, beta=1.0, probes=3)
     loss(features(x), y, domains=domains).backward()
     assert model[0].weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="must be twice differentiable .* marked with @once_differentiable"):
-        loss(Once.apply(model(x)), y, domains=domains)
+    for head, output in ((model[2], Once.apply(model(x))), (model, model[1:](Once.apply(model[0](x))))):
+        with pytest.raises(ValueError, match="must be twice differentiable .* marked with @once_differentiable"):
+            aligned(head, kind=kind, probes=3)(output, y, domains=domains)
 
 
 @pytest.mark.parametrize("kind", KINDS)
