@@ -20,7 +20,7 @@ Only the head and the loss are differentiated more than once: features may have 
 What differs, and why:
 - The authors estimate diag H̄ by R more probes of L̄; it is the mean of the domains' estimates, which exist already.
 - They take H g from the gradient of |g| and add 1e-16 to it; that of ½|g|² needs no such guard where g = 0.
-- Their ColoredMNIST scripts sum over the domains: multiply `weight` by n. They also add 1.1e-3 |all weights|² to L̄,
+- Their ColoredMNIST scripts sum over the domains: set alpha = beta = n. They also add 1.1e-3 |all weights|² to L̄,
   before the division by w: add it to what this loss returns, divided by ``max(1, loss.penalty_weight)``.
 - `detach` matters for "hgp" alone: deviations from their own mean sum to zero, and with them the gradient through it.
 - "exact" is not the authors': it costs p products, and has none of the noise of the probes, which Hutchinson's penalty
