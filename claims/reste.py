@@ -1,15 +1,18 @@
 """ReSTE: the equilibrium of estimating error and gradient stability along o_end, and accuracy against STE (o_end = 1)."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import AdamW
 
 import steep
 from steep.evidence.claims import Claim, Quantity, columns
 from steep.models.reste import apply_reste
 
 SWEEP = (1.0, 2.0, 3.0, 5.0, 8.0)  # 1 is STE, 3 what the paper settles on
+LR = {"digits": 2e-3, "MNIST-1D": 2e-3}  # the best for STE on other seeds, of 0.5 to 20 thousandths
 
 
 class Block(nn.Module):
@@ -76,12 +79,9 @@ def sweep(recipe, network, seed):
 
 def experiment(lab):
     seeds, found = list(range(8)), {}
-    tasks = {
-        "digits": (steep.task("digits").replace(**adamw(DIGITS_LR)), mlp),
-        "MNIST-1D": (steep.task("mnist1d").replace(**adamw(MNIST1D_LR)), cnn),
-    }
-    for name, (recipe, network) in tasks.items():
-        rows = lab.each(seeds, lambda seed, r=recipe, n=network: sweep(lab.shorter(r), n, seed), name)
+    for name, task, network in (("digits", "digits", mlp), ("MNIST-1D", "mnist1d", cnn)):
+        recipe = lab.shorter(steep.task(task).replace(optimizer=partial(AdamW, lr=LR[name], fused=True)))
+        rows = lab.each(seeds, partial(sweep, recipe, network), name)
         found |= {
             f"{name}: estimating error, from one o_end to the next": columns(rows, seeds, "error falls", "stays"),
             f"{name}: variance of gradients, from one o_end to the next": columns(
@@ -91,3 +91,30 @@ def experiment(lab):
             f"{name}: test accuracy, o_end = 3 against 8": columns(rows, seeds, "accuracy at 3", "accuracy at 8"),
         }
     return found
+
+
+FACTOR, GAIN = {"better": "higher"}, {"better": "higher", "scale": "difference"}
+
+claim = Claim(
+    id="reste",
+    statement="A larger o_end lowers the estimating error and raises the variance of gradients; between STE (o_end = 1) "
+    "and too sharp an estimator there is an equilibrium, near o_end = 3, of best accuracy.",
+    source="sections on the equilibrium and on ReSTE, with their figures; ablation of o_end on CIFAR-10",
+    paper_scale="ResNet-20, ResNet-18 and VGG-small on CIFAR-10, ResNet-18 on ImageNet; 1W1A (86.75 % with ResNet-20) "
+    "and 1W32A",
+    our_scale="1W1A on digits (three residual binary layers of width 128, 40 epochs) and MNIST-1D (four residual binary "
+    "convolutions of 32 channels, 20 epochs), AdamW with the learning rate tuned for STE on other seeds, 8 paired "
+    "seeds; indicators are means over the epochs, at the o of the moment, and the smallest change between neighbours "
+    "of o_end in 1, 2, 3, 5, 8 counts; the equilibrium is tested at the published o_end = 3 and not at the best one",
+    quantities=tuple(
+        quantity
+        for task in ("digits", "MNIST-1D")
+        for quantity in (
+            Quantity(f"{task}: estimating error, from one o_end to the next", **FACTOR),
+            Quantity(f"{task}: variance of gradients, from one o_end to the next", **FACTOR),
+            Quantity(f"{task}: test accuracy, o_end = 3 against STE", **GAIN),
+            Quantity(f"{task}: test accuracy, o_end = 3 against 8", **GAIN),
+        )
+    ),
+    experiment=experiment,
+)
