@@ -1,4 +1,4 @@
-"""ReSTE: the equilibrium of estimating error and gradient stability along o_end, and accuracy against STE (o_end = 1)."""
+"""ReSTE: the equilibrium of estimating error and gradient stability along o_end, and accuracy against STE (o_end 1)."""
 
 from functools import partial
 from itertools import pairwise
@@ -97,13 +97,13 @@ FACTOR, GAIN = {"better": "higher"}, {"better": "higher", "scale": "difference"}
 
 claim = Claim(
     id="reste",
-    statement="A larger o_end lowers the estimating error and raises the variance of gradients; between STE (o_end = 1) "
+    statement="A larger o_end lowers the estimating error and raises the variance of gradients; between STE (o_end 1) "
     "and too sharp an estimator there is an equilibrium, near o_end = 3, of best accuracy.",
     source="sections on the equilibrium and on ReSTE, with their figures; ablation of o_end on CIFAR-10",
-    paper_scale="ResNet-20, ResNet-18 and VGG-small on CIFAR-10, ResNet-18 on ImageNet; 1W1A (86.75 % with ResNet-20) "
-    "and 1W32A",
-    our_scale="1W1A on digits (three residual binary layers of width 128, 40 epochs) and MNIST-1D (four residual binary "
-    "convolutions of 32 channels, 20 epochs), AdamW with the learning rate tuned for STE on other seeds, 8 paired "
+    paper_scale="ResNet-20, ResNet-18 and VGG-small on CIFAR-10, ResNet-18 on ImageNet; 1W1A (86.75 % with ResNet-20), "
+    "1W32A",
+    our_scale="1W1A on digits (three residual binary layers of width 128, 40 epochs) and MNIST-1D (four residual "
+    "binary convolutions of width 32, 20 epochs), AdamW with the learning rate tuned for STE on other seeds, 8 paired "
     "seeds; indicators are means over the epochs, at the o of the moment, and the smallest change between neighbours "
     "of o_end in 1, 2, 3, 5, 8 counts; the equilibrium is tested at the published o_end = 3 and not at the best one",
     quantities=tuple(
