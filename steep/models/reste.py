@@ -277,11 +277,15 @@ def apply_reste(
     require("bits", bits, bits in BITS, f"one of {BITS}")
     require("clip", clip, clip is None or 0 < clip < math.inf, "positive and finite, or None")
     require("skip", skip, not isinstance(skip, str), "a sequence of names or patterns")
-    known = {"reste": ReSTE(o_end, t, m), "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
-    if isinstance(estimator, str):
-        require("estimator", estimator, estimator in known, f"one of {tuple(known)}, or an object like these")
-        estimator = known[estimator]
-    return Binarization(_select(model, skip), bits, estimator, total_steps, clip)
+    power = ReSTE(o_end, t, m)
+    chosen = _estimator(estimator, power) if isinstance(estimator, str) else estimator
+    return Binarization(_select(model, skip), bits, chosen, total_steps, clip)
+
+
+def _estimator(name: str, reste: ReSTE) -> Estimator:
+    known: dict[str, Estimator] = {"reste": reste, "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
+    require("estimator", name, name in known, f"one of {tuple(known)}, or an object like these")
+    return known[name]
 
 
 def _select(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
