@@ -119,11 +119,11 @@ class FDA:
 
     def soft(self, z: Tensor, sharpness: Tensor) -> Tensor:
         angle = self.frequency * z.clamp(-1, 1)
-        odd = torch.arange(1, 2 * int(sharpness) + 2, 2).tolist()
+        odd = range(1, 2 * int(sharpness) + 2, 2)
         return 4 / math.pi * sum(((k * angle).sin() / k for k in odd), torch.zeros_like(z))
 
     def slope(self, z: Tensor, sharpness: Tensor) -> Tensor:
-        waves, turns = sharpness + 1, self.frequency * z / math.pi
+        waves, turns = sharpness + 1, self.frequency * z.clamp(-1, 1) / math.pi
         total = waves * torch.sinc(2 * waves * turns) / torch.sinc(turns)  # the sum of cos((2i + 1) pi turns)
         return 4 * self.frequency / math.pi * total * (z.abs() <= 1)
 

@@ -206,6 +206,14 @@ def test_sign_is_one_at_zero_and_keeps_nan():
     assert sign(z.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_slopes_vanish_far_out_and_are_finite(name):
+    z = torch.tensor([-math.inf, -1e30, -40.0, 10 * math.pi, 1e30, math.inf])
+    for progress in (0.0, 0.5, 1.0):
+        slope = ESTIMATORS[name].slope(z, at(ESTIMATORS[name].at(progress)))
+        torch.testing.assert_close(slope, torch.zeros(6), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_inputs_that_are_not_finite_show_in_the_output(bits):
     model = mlp()
