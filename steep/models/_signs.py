@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from steep.validation import check_ranges, require
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """A soft sign whose slope stands in for the sign's; one number, its sharpness, may change over the training."""
 

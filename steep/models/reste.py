@@ -201,7 +201,9 @@ class Binarization:
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
                 bias = module.bias
                 del module.bias
-                module.bias = bias  # behind the weight again: optimizers' state goes by the order of the parameters
+                module.register_parameter(
+                    "bias", bias
+                )  # behind the weight again: optimizers' state goes by the order of the parameters
             if self.activations:
                 del module.input_sign
                 if merged:
@@ -276,16 +278,13 @@ def apply_reste(
     require("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
     require("bits", bits, bits in BITS, f"one of {BITS}")
     require("clip", clip, clip is None or 0 < clip < math.inf, "positive and finite, or None")
+    require("clip", clip, clip is None or bits != "32W1A", "None where weights stay real (32W1A)")
     require("skip", skip, not isinstance(skip, str), "a sequence of names or patterns")
-    power = ReSTE(o_end, t, m)
-    chosen = _estimator(estimator, power) if isinstance(estimator, str) else estimator
+    known = {"reste": ReSTE(o_end, t, m), "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
+    chosen = known.get(estimator, estimator) if isinstance(estimator, str) else estimator
+    if not isinstance(chosen, Estimator):
+        raise ValueError(f"estimator={estimator!r} must be one of {tuple(known)}, or an object like these")
     return Binarization(_select(model, skip), bits, chosen, total_steps, clip)
-
-
-def _estimator(name: str, reste: ReSTE) -> Estimator:
-    known: dict[str, Estimator] = {"reste": reste, "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
-    require("estimator", name, name in known, f"one of {tuple(known)}, or an object like these")
-    return known[name]
 
 
 def _select(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:

@@ -412,6 +412,15 @@ def test_deepcopy_goes_on_exactly_and_shares_nothing(bits, name):
     assert len(twin[1]._forward_pre_hooks) == 0
 
 
+def test_layers_without_bias_come_back_without_one():
+    model = mlp()
+    handle = apply_reste(model, total_steps=6, skip=("first",))
+    handle.merge()
+    assert list(model[3]._parameters) == ["weight", "bias"]
+    assert model[3].bias is None
+    assert list(model.state_dict()) == list(mlp().state_dict())
+
+
 def test_handle_can_be_pickled_with_a_model_of_binary_activations():
     """Not with parametrized weights, which torch refuses to pickle."""
     model = mlp()
@@ -639,6 +648,7 @@ def test_every_setting_changes_the_training(hyper):
         ({"total_steps": 9.5}, r"total_steps=9.5 must be"),
         ({"bits": "2W2A"}, r"bits='2W2A' must be one of \('1W32A', '1W1A', '32W1A'\)"),
         ({"estimator": "sigmoid"}, r"estimator='sigmoid' must be one of \('reste', 'ste'"),
+        ({"estimator": 3}, r"estimator=3 must be one of .*, or an object like these"),
         ({"o_end": 0.9}, r"o_end=0.9 must lie in \[1, inf\)"),
         ({"o_end": math.inf}, r"o_end=inf must lie in"),
         ({"t": 0.0}, r"t=0.0 must lie in \(0, inf\)"),
@@ -646,6 +656,7 @@ def test_every_setting_changes_the_training(hyper):
         ({"m": 1.5}, r"m=1.5 must be less than t=1.5"),
         ({"clip": 0.0}, r"clip=0.0 must be positive and finite, or None"),
         ({"clip": math.nan}, r"clip=nan must be"),
+        ({"clip": 1.0, "bits": "32W1A"}, r"clip=1.0 must be None where weights stay real"),
         ({"skip": "last"}, r"skip='last' must be a sequence"),
         ({"skip": ("2.wieght",)}, r"skip: '2.wieght' matches no Linear layer or convolution"),
         ({"skip": ("*",)}, r"skip=\('\*',\) leaves none of the layers \['0', '1', '3'\]"),
@@ -716,7 +727,7 @@ def reloaded(state):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_six_and_six_steps_equal_twelve(bits, name):
-    hyper = {"total_steps": 12, "bits": bits, "estimator": name, "clip": 0.8}
+    hyper = {"total_steps": 12, "bits": bits, "estimator": name, "clip": None if bits == "32W1A" else 0.8}
     whole, first, second = mlp(), mlp(), mlp(seed=1)
     handle = apply_reste(whole, **hyper)
     train(whole, handle, adamw(whole), 12)
