@@ -105,9 +105,9 @@ claim = Claim(
     paper_scale="ResNet-20, ResNet-18 and VGG-small on CIFAR-10, ResNet-18 on ImageNet; 1W1A (86.75 % with ResNet-20), "
     "1W32A",
     our_scale="1W1A; o_end 1, 2, 3, 5, 8 on digits (three residual binary layers of width 128, 20 epochs) and 1, 3, 8 "
-    "on MNIST-1D (four residual binary convolutions of width 32, 8 epochs), AdamW at the learning rate best "
-    "for STE on other seeds, 8 paired seeds; indicators are geometric means over the steps, at the o of the moment, and "
-    "the smallest change from one o_end to the next counts; the best accuracy is looked for at 3 alone, as published",
+    "on MNIST-1D (four residual binary convolutions of width 32, 8 epochs), AdamW at the learning rate that is best "
+    "for STE on other seeds, 8 paired seeds; indicators are geometric means over the steps, at the present o, and the "
+    "smallest change from one o_end to the next counts; the best accuracy is looked for at 3 alone, as published",
     quantities=tuple(
         quantity
         for task in ("digits", "MNIST-1D")
