@@ -17,7 +17,8 @@ clipped STE (arXiv 1602.02830), ApproxSign (Bi-Real net, arXiv 1808.00278), EDE 
 
 What differs, and why: sign(0) is +1, so that weights are binary (torch's sign, and so the authors' code, has 0). The
 exponent moves once per step instead of once per epoch. The authors' indicator takes f at o_end throughout, here at the
-present o. ApproxSign, made for activations, serves for weights too.
+present o. Activations are real by default, since most networks have a ReLU before their layers; the authors' have a
+norm between. ApproxSign, made for activations, serves for weights too.
 
 Unsure: EDE's range of temperatures is that of the paper as remembered (0.1 to 10); its code for CIFAR starts at 0.001.
 FDA's authors published inference only; frequency 0.1, and n from 9 to 18, are those of two public ports that agree.
