@@ -1,0 +1,340 @@
+"""Binary weights and activations: signs forward, the slope of a soft sign backward, sharper with time (ReSTE).
+
+The sign has no useful gradient, so an estimator lends it one. A sharp estimator errs less but makes gradients diverge;
+ReSTE trades the two by the exponent of a power function, which is the straight-through estimator at o = 1. Per layer,
+with latent weights W (out, in, ...), inputs x (B, in, ...), and z either of them, elementwise:
+
+    y = x^ * W^ + bias,    W^ = sign(W) mean|W|  (one scale per layer; gradients flow through both),    x^ = sign(x)
+    dz = dz^ f'(z),        f(z) = sign(z) |z|^(1/o)
+    f'(z) = (1/o) |z|^(1/o - 1)   m < |z| <= t;      m^(1/o - 1)   |z| <= m, the secant's;      0   |z| > t
+    o(p)  = 1 + (1 - cos(p pi/2)) (o_end - 1),       p = steps taken / total_steps
+
+    estimating error = sum over layers |f(W) - sign(W)|_2      gradient instability = sum over layers Var |dW|
+
+Paper: Wu et al., arXiv 2308.06689; o_end = 3, t = 1.5 and m = 0.1 are those of the authors' code. Other estimators:
+clipped STE (arXiv 1602.02830), ApproxSign (Bi-Real net, arXiv 1808.00278), EDE (IR-Net, arXiv 1909.10788), FDA (arXiv
+2103.00841).
+
+What differs, and why: sign(0) is +1, so that weights are binary (torch's sign, and so the authors' code, has 0). The
+exponent moves once per step instead of once per epoch. The authors' indicator takes f at o_end throughout, here at the
+present o. Activations are real by default, since most networks have a ReLU before their layers; the authors' have a
+norm between. ApproxSign, made for activations, serves for weights too.
+
+Unsure: EDE's range of temperatures is that of the paper as remembered (0.1 to 10); its code for CIFAR starts at 0.001.
+FDA's authors published inference only; frequency 0.1, and n from 9 to 18, are those of two public ports that agree.
+Its noise module is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
+
+from steep.card import Card, Paper, nearest, uniform
+from steep.models._signs import EDE, FDA, STE, ApproxSign, EstimatedSign, Estimator, ReSTE, sign
+from steep.recipe import Recipe, Run, late
+from steep.validation import require
+
+__all__ = ["EDE", "FDA", "STE", "ApproxSign", "Binarization", "Estimator", "ReSTE", "apply_reste"]
+
+BITS = ("1W32A", "1W1A", "32W1A")
+BINARY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Sign(nn.Module):
+    """The sign of a tensor; the estimator's place in its schedule is in buffers."""
+
+    steps: Tensor
+    sharpness: Tensor
+
+    def __init__(self, estimator: Estimator, like: Tensor):
+        super().__init__()
+        self.estimator = estimator
+        precise = torch.promote_types(like.dtype, torch.float32)
+        self.register_buffer("steps", torch.tensor(0, device=like.device))
+        self.register_buffer("sharpness", torch.tensor(estimator.at(0.0), dtype=precise, device=like.device))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return EstimatedSign.apply(z, self.sharpness, self.estimator)
+
+    def enter(self, steps: int, total: int) -> None:
+        self.steps.fill_(steps)
+        self.sharpness.fill_(self.estimator.at(min(1.0, steps / total)))
+
+
+class ScaledSign(Sign):
+    """Parametrization of a weight: sign times mean magnitude."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z) * z.abs().mean()
+
+
+class InputSign(Sign):
+    """Sign of a layer's inputs; looks at the first batch, as inputs that are never negative have but one sign."""
+
+    def __init__(self, estimator: Estimator, like: Tensor, layer: str):
+        super().__init__(estimator, like)
+        self.layer, self.looked = layer, False
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.looked and not torch.compiler.is_compiling():
+            self.looked = True
+            with contextlib.suppress(RuntimeError):  # under vmap, values cannot be asked for
+                self._warn(bool((z < 0).any()))
+        return super().forward(z)
+
+    def _warn(self, negative: bool) -> None:
+        if not negative:
+            warnings.warn(
+                f"layer {self.layer!r}: no input of its first batch is negative (does a ReLU come before it?), so all "
+                "their signs are +1 and it sees nothing of the data: put a norm between them, or use bits='1W32A'",
+                stacklevel=2,
+            )
+
+
+def _binarize_input(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.input_sign(inputs[0]), *inputs[1:])
+
+
+def _sign_of_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (sign(inputs[0]), *inputs[1:])
+
+
+class Binarization:
+    """Handle of a model's binary layers; made by `apply_reste`. Its state is in ``model.state_dict()``."""
+
+    def __init__(
+        self, layers: dict[str, nn.Module], bits: str, estimator: Estimator, total_steps: int, clip: float | None
+    ):
+        self.layers: dict[str, Any] = dict(layers)
+        self.estimator, self.total_steps, self.clip = estimator, total_steps, clip
+        self.weights, self.activations = not bits.startswith("32W"), bits.endswith("1A")
+        self.hooks = []
+        for name, module in self.layers.items():
+            weight = module.weight
+            if self.weights:
+                parametrize.register_parametrization(module, "weight", ScaledSign(estimator, weight))
+            if self.activations:
+                module.input_sign = InputSign(estimator, weight, name)
+                self.hooks.append(module.register_forward_pre_hook(_binarize_input))
+
+    def _signs(self) -> Iterator[Sign]:
+        for module in self.layers.values():
+            if self.weights:
+                yield module.parametrizations.weight[0]
+            if self.activations:
+                yield module.input_sign
+
+    def _latent(self) -> list[Any]:
+        """The parametrizations that hold latent weights."""
+        return [module.parametrizations.weight for module in self.layers.values()] if self.weights else []
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, or -1 once the model was restored or merged."""
+        return next((int(s.steps) for s in self._signs()), -1)
+
+    @property
+    def sharpness(self) -> float:
+        """The estimator's sharpness now: o for ReSTE."""
+        return self.estimator.at(min(1.0, max(0, self.steps) / self.total_steps))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Advance the estimator, and clip the latent weights; call once after each optimizer step."""
+        steps = self.steps + 1
+        for part in self._signs():
+            part.enter(steps, self.total_steps)
+        if self.clip is not None:
+            for weight in self._latent():
+                weight.original.clamp_(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def estimating_error(self) -> float:
+        """Distance of the soft signs of the latent weights from their signs, summed over the layers.
+
+        Raises:
+            ValueError: no weights are binary.
+        """
+        distances = (self.estimator.soft(w.original, w[0].sharpness) - sign(w.original) for w in self._watched())
+        return sum(float(distance.norm()) for distance in distances)
+
+    def gradient_instability(self) -> float:
+        """Variance of the magnitudes of each layer's weight gradient, summed over the layers; for after a backward.
+
+        Raises:
+            ValueError: no weights are binary, or there are no gradients.
+        """
+        grads = [w.original.grad for w in self._watched() if w.original.grad is not None]
+        require("number of gradients", len(grads), bool(grads), "positive: call this between backward and zero_grad")
+        return sum(float(grad.abs().var()) for grad in grads)
+
+    def _watched(self) -> list[Any]:
+        found = self._latent()
+        require("number of binary weights", len(found), bool(found), "positive")
+        return found
+
+    def remove(self) -> None:
+        """Give the model its latent weights and real activations back; parameters remain those the optimizer knows."""
+        self._leave(merged=False)
+
+    def merge(self) -> None:
+        """Write the binary weights, each plus or minus one number per layer, and leave ordinary layers.
+
+        Where activations are binary, the layers go on taking the signs of their inputs, by a hook without state.
+        """
+        self._leave(merged=True)
+
+    def _leave(self, merged: bool) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for module in self.layers.values():
+            if self.weights:
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
+                bias = module.bias
+                del module.bias
+                module.register_parameter(
+                    "bias", bias
+                )  # behind the weight again: optimizers' state goes by the order of the parameters
+            if self.activations:
+                del module.input_sign
+                if merged:
+                    module.register_forward_pre_hook(_sign_of_input)
+        self.layers.clear()
+
+    def __repr__(self) -> str:
+        bits = f"{1 if self.weights else 32}W{1 if self.activations else 32}A"
+        return f"Binarization({bits}, {self.estimator}, steps={self.steps}, layers={list(self.layers)})"
+
+
+def apply_reste(
+    model: nn.Module,
+    *,
+    total_steps: int,
+    bits: str = "1W32A",
+    estimator: str | Estimator = "reste",
+    o_end: float = 3.0,
+    t: float = 1.5,
+    m: float = 0.1,
+    clip: float | None = None,
+    skip: Sequence[str] = ("first", "last"),
+) -> Binarization:
+    """Train a model with binary weights, or activations, or both, in place; gradients by ReSTE or another estimator.
+
+    Call ``handle.step()`` after each optimizer step. At the end ``handle.merge()`` leaves plain layers with binary
+    weights, ``handle.remove()`` the latent ones. The paper's two indicators are ``handle.estimating_error()`` and
+    ``handle.gradient_instability()``. The model stays loadable: the place in the schedule is in its `state_dict`.
+
+    Args:
+        model: its weights become latent weights; an optimizer made before or after works.
+        total_steps: optimizer steps of the whole training, over which the estimator sharpens.
+        bits: "1W32A": binary weights; "1W1A": activations too, the inputs of the same layers; "32W1A": these only. The
+            paper has the first two. Binary activations need a norm before the layer: behind a ReLU all signs are +1.
+        estimator: "reste"; "ste", clipped at 1; "approxsign" (Bi-Real net); "ede" (IR-Net); "fda"; or an object like
+            these, such as ``STE(t=1.5)``.
+        o_end: of ReSTE, o at the end, at least 1; 1 is STE throughout. Default 3, as in the paper.
+        t: of ReSTE, there is no gradient where magnitudes are larger. Default 1.5, as in the authors' code.
+        m: of ReSTE, the slope is constant where magnitudes are smaller; less than t. Default 0.1, as in their code.
+        clip: after each step latent weights are clipped to this magnitude; `None`, as published, clips nothing.
+        skip: layers that stay real: "first", "last" (in the order of ``model.modules()``), names or patterns of names.
+            Of the other Linear and convolution layers all become binary; embeddings and attention's own projections
+            never do. As in the paper, all but the first and the last.
+
+    Raises:
+        ValueError: a value out of range, a pattern that matches no layer, no layer left, or one that is binary already.
+
+    Paper: "Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural Networks
+    Training" (arXiv 2308.06689).
+
+    Latent weights beyond t get a gradient through the layer's scale only, and hardly ever come back: `clip` at or below
+    t, or weight decay, prevents that. Weight decay in turn draws them to 0, where slopes are steepest and signs flip.
+    Follow binary layers with a norm: the scale of their outputs is that of no usual initialisation.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> binary = apply_reste(model, bits="1W1A", total_steps=20)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(16, 4)).square().mean().backward()
+        ...     optimizer.step()
+        ...     binary.step()
+        >>> binary.sharpness
+        3.0
+        >>> binary.merge()
+        >>> len(model[2].weight.unique())
+        2
+    """
+    require("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
+    require("bits", bits, bits in BITS, f"one of {BITS}")
+    require("clip", clip, clip is None or 0 < clip < math.inf, "positive and finite, or None")
+    require("clip", clip, clip is None or bits != "32W1A", "None where weights stay real (32W1A)")
+    require("skip", skip, not isinstance(skip, str), "a sequence of names or patterns")
+    known = {"reste": ReSTE(o_end, t, m), "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
+    chosen = known.get(estimator, estimator) if isinstance(estimator, str) else estimator
+    if not isinstance(chosen, Estimator):
+        raise ValueError(f"estimator={estimator!r} must be one of {tuple(known)}, or an object like these")
+    return Binarization(_select(model, skip), bits, chosen, total_steps, clip)
+
+
+def _select(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers to make binary, by name."""
+    found = {name: module for name, module in model.named_modules() if _can_be_binary(name, module)}
+    names = list(found)
+    ends = {"first": names[:1], "last": names[-1:]}
+    for pattern in skip:
+        matched = ends[pattern] if pattern in ends else [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"skip: {pattern!r} matches no Linear layer or convolution{nearest(pattern, names)}")
+        for name in matched:
+            found.pop(name, None)
+    if not found:
+        raise ValueError(f"skip={skip!r} leaves none of the layers {names} to be made binary")
+    for name, module in found.items():
+        if parametrize.is_parametrized(module, "weight") or hasattr(module, "input_sign"):
+            raise ValueError(f"layer {name!r}: it is binary or its weight parametrized already; remove that first")
+    return found
+
+
+def _can_be_binary(name: str, module: nn.Module) -> bool:
+    """Not attention's output projection, which is never called, nor what is inside another parametrization."""
+    inside = "parametrizations" in name.split(".")
+    return isinstance(module, BINARY) and not isinstance(module, NonDynamicallyQuantizableLinear) and not inside
+
+
+def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
+    def build(run: Run) -> nn.Module:
+        model = recipe.build("model", run)
+        run.attach(apply_reste(model, total_steps=run.total_steps, **hyper))
+        return model
+
+    return recipe.replace(model=late(build))
+
+
+card = Card(
+    id="reste",
+    paper=Paper(
+        "Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural Networks "
+        "Training",
+        arxiv="2308.06689",
+        year=2023,
+    ),
+    changes="models",
+    make=apply_reste,
+    plug=_plug,
+    space={"o_end": uniform(1.0, 8.0)},
+    variants={"bits": "1W1A", "estimator": "ede", "t": 0.12, "clip": 0.05, "skip": ("first",)},
+    wraps=True,
+    formula="W^ = sign(W) mean|W|;  dW = dW^ f'(W), f(z) = sign(z) |z|^(1/o), o from 1 to o_end",
+)
