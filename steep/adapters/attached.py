@@ -66,7 +66,7 @@ class Attached:
     def look_at(self, batch: Batch) -> None:
         """Compare what the parts need of a batch with the first one, and tell a rule that asks its indices."""
         if "indices" in getattr(self.rule, "needs", ()):
-            self.rule.indices = batch.indices
+            self.rule.indices = batch.indices  # type: ignore[union-attr]
         if not self._looked_at_batch:
             for part in (self.rule, *self.parts):
                 needs = OF_THE_BATCH & set(getattr(part, "needs", ()))

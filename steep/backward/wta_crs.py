@@ -3,7 +3,7 @@ the rows that weigh most, always, and some of the rest drawn at random, without 
 
 Of a layer z = h W^T + b with m rows (examples times positions), h (m, in) and z (m, out):
 
-    exact     dW = sum_i dz_i^T h_i     w_i = |h_i| g_i,  p_i = w_i / sum(w)      g_i: |dz_i| at the example's last visit
+    exact     dW = sum_i dz_i^T h_i     w_i = |h_i| g_i,  p_i = w_i / sum(w)     g_i: |dz_i| at the example's last visit
     CRS       dW ~ 1/k sum_t dz_j^T h_j / p_j                       k rows j drawn with probability p_j
     WTA-CRS   dW ~ sum_(c in C) dz_c^T h_c  +  (1 - P)/(k - |C|) sum_t dz_j^T h_j / p_j
                                    C: the |C| largest p, P their sum; k - |C| rows drawn from the others, in proportion
@@ -13,9 +13,9 @@ Liu, Wang, Zhong et al., arXiv 2305.15265 (NeurIPS 2023), with ratio 0.3 and 0.1
 the authors' code and 4 here, or layers fed with up to 10 rows would never be sampled.
 
 What differs, and why:
-- A norm g_i is raised to a tenth of the batch's mean where it is smaller, and is that mean where an example is seen for
-  the first time. A row whose gradient was zero once could else never be drawn again, which is a bias, and a small one
-  makes the factor 1/p_j as large as one likes.
+- A norm g_i is raised to 0.3 of the batch's mean where it is smaller, and is that mean where an example is seen for the
+  first time. A row whose gradient was zero once could else never be drawn again, which is a bias, and an example
+  that was learned and is forgotten would get a factor 1/p_j as large as one likes: SGD on digits lost by it.
 - The authors' code drops the drawn rows where P > 0.999, skips the factor while it has no norms, and with
   `mix_replacement`, which its configuration sets, draws without replacement and without a factor. All three are
   biased. Here p is summed over the others alone, which needs no such care: drawing stops where nothing is left.
@@ -42,7 +42,7 @@ from steep.validation import check_ranges, require
 
 ESTIMATORS = ("wta", "crs", "top-k", "uniform")
 
-FLOOR = 0.1
+FLOOR = 0.3
 """Smallest remembered norm that is believed, as a share of the batch's mean."""
 
 UNSEEN = -1.0
@@ -59,9 +59,9 @@ class WTACRS:
     inputs and of biases are exact, and so is everything in evaluation mode, of frozen weights, and in copies of the
     model. Under `torch.utils.checkpoint` the rows are drawn when the layer is run again.
 
-    Set ``rule.indices`` to the examples' positions in the training set before each forward pass (`steep.fit` does): rows
-    are then weighted by their gradient's norm at the last visit too. Without, the norms of the inputs alone weigh
-    them, which is as unbiased. The norms are kept on the CPU in bfloat16, 2 bytes for each example, position and layer.
+    Set ``rule.indices`` to the examples' positions in the training set before each forward pass (`steep.fit` does), and
+    rows are weighted by their gradient's norm at the last visit too; without, by the norms of the inputs alone, which
+    is as unbiased. Norms are kept on the CPU in bfloat16, 2 bytes for each example, position and layer.
 
     Args:
         model: of the losses.
@@ -70,7 +70,7 @@ class WTACRS:
         estimator: "wta"; "crs", drawn rows alone; "uniform", the same with equal probabilities; or "top-k", the largest
             rows alone, which is biased.
         cache: remember gradient norms by `indices`.
-        layers: which `nn.Linear`: a pattern such as "blocks.*.mlp.*" over names, or ``layers(name, module)``. By default
+        layers: which `nn.Linear`: a pattern such as "blocks.*.mlp.*" over names, or ``layers(name, module)``. Default:
             all but the last, the head. The paper's are attention output and feed-forward layers. Not those used
             through their weights only (the projections of `nn.MultiheadAttention`), nor parametrized ones.
         seed: for the draws.
@@ -113,7 +113,8 @@ class WTACRS:
         if not cache:
             self.needs = frozenset({"model"})
         self.generator = torch.Generator().manual_seed(seed)
-        self.mean, self._indices = Mean(), None
+        self.mean = Mean()
+        self._indices: Tensor | None = None
         self.layers = _select(model, layers)
         for module in self.layers.values():
             module.__class__, module.site = SampledLinear, Site(self)
@@ -153,7 +154,9 @@ class WTACRS:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state["norms"]) != set(self.layers):
-            raise ValueError(f"the state is of layers {sorted(state['norms'])}, this rule samples {sorted(self.layers)}")
+            raise ValueError(
+                f"the state is of layers {sorted(state['norms'])}, this rule samples {sorted(self.layers)}"
+            )
         self.generator.set_state(state["generator"])
         for name, module in self.layers.items():
             module.site.norms = state["norms"][name].clone()
@@ -171,7 +174,9 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, Any]:
     else:
         match = layers if callable(layers) else lambda name, module: fnmatchcase(name, layers)
         chosen = [name for name, module in found.items() if match(name, module)]
-    require("layers", layers, len(chosen) > 0, f"a choice of Linear layers, by default all but the last of {list(found)}")
+    require(
+        "layers", layers, len(chosen) > 0, f"a choice of Linear layers, by default all but the last of {list(found)}"
+    )
     return {name: found[name] for name in chosen}
 
 
@@ -338,6 +343,6 @@ card = Card(
     make=WTACRS,
     plug=lambda recipe, **hyper: recipe.replace(backward=partial(WTACRS, **hyper)),
     needs=WTACRS.needs,
-    variants={"ratio": 0.75, "estimator": "crs", "layers": "*"},  # the checks' layers have 8 rows
+    variants={"ratio": 0.75, "estimator": "top-k", "layers": "*"},  # the checks' layers have 8 rows
     formula="dW ~ sum_C dz_c^T h_c + (1 - P)/(k - |C|) sum_j dz_j^T h_j / p_j,  j ~ p outside C,  p_i ~ |h_i| |dz_i|",
 )

