@@ -13,9 +13,10 @@ Liu, Wang, Zhong et al., arXiv 2305.15265 (NeurIPS 2023), with ratio 0.3 and 0.1
 the authors' code and 4 here, or layers fed with up to 10 rows would never be sampled.
 
 What differs, and why:
-- A norm g_i is raised to 0.3 of the batch's mean where it is smaller, and is that mean where an example is seen for the
-  first time. A row whose gradient was zero once could else never be drawn again, which is a bias, and an example
-  that was learned and is forgotten would get a factor 1/p_j as large as one likes: SGD on digits lost by it.
+- A norm g_i is raised to `floor` times the batch's mean where it is smaller, and is that mean where an example is seen
+  for the first time. A row whose gradient was zero once could else never be drawn again, which is a bias, and an
+  example that was learned and is forgotten would get a factor 1/p_j as large as one likes. 0.3 is from trials on
+  digits, where SGD lost by smaller ones; 0 is the paper's, and right where many rows are padding.
 - The authors' code drops the drawn rows where P > 0.999, skips the factor while it has no norms, and with
   `mix_replacement`, which its configuration sets, draws without replacement and without a factor. All three are
   biased. Here p is summed over the others alone, which needs no such care: drawing stops where nothing is left.
@@ -42,9 +43,6 @@ from steep.validation import check_ranges, require
 
 ESTIMATORS = ("wta", "crs", "top-k", "uniform")
 
-FLOOR = 0.3
-"""Smallest remembered norm that is believed, as a share of the batch's mean."""
-
 UNSEEN = -1.0
 HUGE = 1e200  # weight of a row that is not finite: it is kept, so that the gradient is not finite either
 
@@ -70,6 +68,8 @@ class WTACRS:
         estimator: "wta"; "crs", drawn rows alone; "uniform", the same with equal probabilities; or "top-k", the largest
             rows alone, which is biased.
         cache: remember gradient norms by `indices`.
+        floor: smallest remembered norm that is believed, as a share of the batch's mean, in [0, 1]. With 0, a row whose
+            gradient was zero at the last visit is not drawn.
         layers: which `nn.Linear`: a pattern such as "blocks.*.mlp.*" over names, or ``layers(name, module)``. Default:
             all but the last, the head. The paper's are attention output and feed-forward layers. Not those used
             through their weights only (the projections of `nn.MultiheadAttention`), nor parametrized ones.
@@ -103,13 +103,14 @@ class WTACRS:
         min_k: int = 4,
         estimator: str = "wta",
         cache: bool = True,
+        floor: float = 0.3,
         layers: Layers = None,
         seed: int = 0,
     ):
-        check_ranges({"ratio": ratio}, {"ratio": "(0, 1]"})
+        check_ranges({"ratio": ratio, "floor": floor}, {"ratio": "(0, 1]", "floor": "[0, 1]"})
         require("min_k", min_k, isinstance(min_k, int) and min_k >= 1, "a whole number >= 1")
         require("estimator", estimator, estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
-        self.ratio, self.min_k, self.estimator, self.cache = ratio, min_k, estimator, cache
+        self.ratio, self.min_k, self.estimator, self.cache, self.floor = ratio, min_k, estimator, cache, floor
         if not cache:
             self.needs = frozenset({"model"})
         self.generator = torch.Generator().manual_seed(seed)
@@ -154,15 +155,13 @@ class WTACRS:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state["norms"]) != set(self.layers):
-            raise ValueError(
-                f"the state is of layers {sorted(state['norms'])}, this rule samples {sorted(self.layers)}"
-            )
+            raise ValueError(f"the state is of layers {list(state['norms'])}, this rule samples {list(self.layers)}")
         self.generator.set_state(state["generator"])
         for name, module in self.layers.items():
             module.site.norms = state["norms"][name].clone()
 
     def __repr__(self) -> str:
-        kind = f"{self.estimator}, ratio={self.ratio}, min_k={self.min_k}, cache={self.cache}"
+        kind = f"{self.estimator}, ratio={self.ratio}, min_k={self.min_k}, cache={self.cache}, floor={self.floor}"
         return f"WTACRS({kind}, layers={list(self.layers)})"
 
 
@@ -174,9 +173,8 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, Any]:
     else:
         match = layers if callable(layers) else lambda name, module: fnmatchcase(name, layers)
         chosen = [name for name, module in found.items() if match(name, module)]
-    require(
-        "layers", layers, len(chosen) > 0, f"a choice of Linear layers, by default all but the last of {list(found)}"
-    )
+    allowed = f"a choice of Linear layers, by default all but the last of {list(found)}"
+    require("layers", layers, len(chosen) > 0, allowed)
     return {name: found[name] for name in chosen}
 
 
@@ -217,7 +215,7 @@ class Site:
         if rule.estimator == "uniform":
             return choose(torch.ones(len(h), dtype=torch.float64, device=h.device), uniform, "crs")
         seen = None if examples is None else self.recall(examples, len(h) // len(examples)).to(h.device)
-        return choose(weights(h, seen), uniform, rule.estimator)
+        return choose(weights(h, seen, rule.floor), uniform, rule.estimator)
 
     def recall(self, examples: Tensor, positions: int) -> Tensor:
         """What is remembered of the rows of some examples, (B * positions,)."""
@@ -254,7 +252,7 @@ class _Sampled(torch.autograd.Function):
         if examples is not None and (not len(examples) or len(flat) % len(examples)):
             examples = None  # not rows of these examples
         index, factor = site.choose(flat, examples)
-        rows = (flat[index] * factor.unsqueeze(1).to(h.dtype)).to(z.dtype)
+        rows = (flat[index] * factor.unsqueeze(1).to(_wide(h))).to(z.dtype)
         # all that depends on the draw is saved by autograd, or a checkpoint's second run would be mixed with the first
         ctx.save_for_backward(rows, index.int(), weight if ctx.needs_input_grad[0] else None)
         ctx.site, ctx.examples, ctx.types = site, examples, (h.dtype, weight.dtype)
@@ -276,24 +274,29 @@ class _Sampled(torch.autograd.Function):
 # ---- the estimator
 
 
-def weights(h: Tensor, seen: Tensor | None) -> Tensor:
+def weights(h: Tensor, seen: Tensor | None, floor: float = 0.0) -> Tensor:
     """Weights w of rows to draw from, not negative and finite; (m,), float64.
 
     Args:
         h: inputs, (m, in).
         seen: the norms of their gradients at the last visit, (m,), negative where there was none.
+        floor: least of them, as a share of their mean.
     """
     norms = _norms(h).double()
     if seen is not None:
         seen, known = seen.double(), seen >= 0
         mean = seen.clamp(min=0).sum() / known.sum().clamp(min=1)
-        norms = norms * torch.where(mean > 0, torch.where(known, seen.clamp(min=FLOOR * mean), mean), 1.0)
+        norms = norms * torch.where(mean > 0, torch.where(known, seen.clamp(min=floor * mean), mean), 1.0)
     return norms.nan_to_num(HUGE, posinf=HUGE)
 
 
 def _norms(t: Tensor) -> Tensor:
-    """Of the rows, in float32 at least: half precision would overflow."""
-    return torch.linalg.vector_norm(t, dim=1, dtype=torch.promote_types(t.dtype, torch.float32))
+    return torch.linalg.vector_norm(t, dim=1, dtype=_wide(t))
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """float32 at least: half precision would overflow."""
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor, Tensor]:

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from steep.adapters.attached import Attached
 from steep.backward.wta_crs import (
     ESTIMATORS,
-    FLOOR,
     HUGE,
     UNSEEN,
     WTACRS,
     SampledLinear,
+    Site,
     card,
     choose,
     weights,
@@ -222,15 +222,16 @@ def test_weights_are_norms_times_remembered_norms():
     h = random(6, 4)
     seen = torch.tensor([UNSEEN, 2.0, 4.0, 0.0, UNSEEN, 1e-6])
     mean = 6.000001 / 4
-    g = torch.tensor([mean, 2.0, 4.0, FLOOR * mean, mean, FLOOR * mean])
-    torch.testing.assert_close(weights(h, seen), h.norm(dim=1) * g, rtol=1e-6, atol=0)
+    g = torch.tensor([mean, 2.0, 4.0, 0.1 * mean, mean, 0.1 * mean])
+    torch.testing.assert_close(weights(h, seen, 0.1), h.norm(dim=1) * g, rtol=1e-6, atol=0)
+    assert weights(h, seen)[3] == 0
     torch.testing.assert_close(weights(h, None), h.norm(dim=1))
 
 
 @pytest.mark.parametrize("seen", [UNSEEN, 0.0])
 def test_norms_of_the_inputs_alone_where_nothing_is_known(seen):
     h = random(6, 4)
-    torch.testing.assert_close(weights(h, torch.full((6,), seen)), h.norm(dim=1))
+    torch.testing.assert_close(weights(h, torch.full((6,), seen), 0.3), h.norm(dim=1))
 
 
 def test_half_precision_does_not_overflow_and_rows_that_are_not_finite_are_kept():
@@ -255,7 +256,7 @@ def test_steps_equal_numpy_written_from_the_formula(estimator):
     """Two layers, batches of 8 of 12 examples, the norms of the last visit; 6 steps of SGD."""
     model = mlp()
     p = {name: v.detach().numpy().copy() for name, v in model.named_parameters()}
-    rule = WTACRS(model, ratio=0.5, min_k=1, estimator=estimator, layers="*", seed=5)
+    rule = WTACRS(model, ratio=0.5, min_k=1, estimator=estimator, floor=0.1, layers="*", seed=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = random(12, 6, seed=50), random(12, 3, seed=51)
     numbers, memory = torch.Generator().manual_seed(5), {0: {}, 2: {}}
@@ -265,7 +266,7 @@ def test_steps_equal_numpy_written_from_the_formula(estimator):
         seen = [memory[layer].get(i) for i in ids]
         known = [s for s in seen if s is not None]
         mean = sum(known) / len(known) if known else 1.0
-        g = [mean if s is None else max(s, FLOOR * mean) for s in seen]
+        g = [mean if s is None else max(s, 0.1 * mean) for s in seen]
         w = np.ones(8) if estimator == "uniform" else np.linalg.norm(h, axis=1) * g
         rows, factors = reference(w, u, "crs" if estimator == "uniform" else estimator)
 
@@ -310,6 +311,15 @@ def test_outputs_and_gradients_of_inputs_and_biases_are_exact(shape):
     for name in exact:
         close = torch.allclose(exact[name], sampled[name], rtol=1e-10)
         assert close == name.endswith("bias")
+
+
+def test_factors_too_large_for_half_precision(monkeypatch):
+    """A row so small that its factor alone would overflow can be drawn."""
+    monkeypatch.setattr(Site, "choose", lambda *_: (torch.arange(6), torch.full((6,), 1e6, dtype=torch.float64)))
+    WTACRS(model := mlp(dtype=torch.float16), layers="0")
+    found = grads(model, torch.full((20, 6), 1e-3, dtype=torch.float16))
+    assert all(g.isfinite().all() for g in found.values())
+    assert found["0.weight"].abs().max() > 10
 
 
 @pytest.mark.parametrize("estimator", UNBIASED)
@@ -614,7 +624,9 @@ def test_which_layers():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"ratio": 0.0}, {"ratio": 1.1}, {"min_k": 0}, {"min_k": 2.5}, {"estimator": "topk"}], ids=str
+    "bad",
+    [{"ratio": 0.0}, {"ratio": 1.1}, {"min_k": 0}, {"min_k": 2.5}, {"floor": 1.5}, {"estimator": "topk"}],
+    ids=str,
 )
 def test_refuses_arguments_out_of_range(bad):
     with pytest.raises(ValueError, match="{}={!r}".format(*next(iter(bad.items())))):
@@ -632,7 +644,7 @@ def test_seeds_and_repr():
     first, again, other = (grads(model := mlp(), x, WTACRS(model, seed=seed)) for seed in (0, 0, 1))
     same(first, again)
     assert not torch.equal(first["0.weight"], other["0.weight"])
-    assert repr(WTACRS(mlp())) == "WTACRS(wta, ratio=0.3, min_k=4, cache=True, layers=['0'])"
+    assert repr(WTACRS(mlp())) == "WTACRS(wta, ratio=0.3, min_k=4, cache=True, floor=0.3, layers=['0'])"
 
 
 # ---- learning
