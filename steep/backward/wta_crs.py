@@ -346,6 +346,6 @@ card = Card(
     make=WTACRS,
     plug=lambda recipe, **hyper: recipe.replace(backward=partial(WTACRS, **hyper)),
     needs=WTACRS.needs,
-    variants={"ratio": 0.75, "estimator": "top-k", "layers": "*"},  # the checks' layers have 8 rows
+    variants={"ratio": 0.75, "estimator": "top-k", "floor": 1.0, "layers": "*"},  # the checks' layers have 8 rows
     formula="dW ~ sum_C dz_c^T h_c + (1 - P)/(k - |C|) sum_j dz_j^T h_j / p_j,  j ~ p outside C,  p_i ~ |h_i| |dz_i|",
 )
