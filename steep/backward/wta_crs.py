@@ -57,9 +57,10 @@ class WTACRS:
     inputs and of biases are exact, and so is everything in evaluation mode, of frozen weights, and in copies of the
     model. Under `torch.utils.checkpoint` the rows are drawn when the layer is run again.
 
-    Set ``rule.indices`` to the examples' positions in the training set before each forward pass (`steep.fit` does), and
-    rows are weighted by their gradient's norm at the last visit too; without, by the norms of the inputs alone, which
-    is as unbiased. Norms are kept on the CPU in bfloat16, 2 bytes for each example, position and layer.
+    Set ``rule.indices`` to the examples' positions in the training set before each forward pass (`steep.fit`, Lightning
+    and the Trainer do), and rows are weighted by their gradient's norm at the last visit too; without, by the norms of
+    the inputs alone, which is as unbiased. A layer's rows must be in the order of the examples, (B, ..., in). Norms
+    are kept on the CPU in bfloat16, 2 bytes for each example, position and layer.
 
     Args:
         model: of the losses.
