@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,7 +88,8 @@ accuracy = Metric("accuracy", accuracy_of)
 class Run:
     """What is known only once a training has started; given to every `late` part.
 
-    A part that must be stepped and saved with the training is handed over with `attach`.
+    A part that must be stepped and saved with the training is handed over with `attach`. `model` is there once it is
+    built, for losses that look at it.
     """
 
     data: Data
@@ -96,6 +98,7 @@ class Run:
     horizon: int | None
     generator: torch.Generator
     parts: list[Any] = field(default_factory=list)
+    model: nn.Module | None = None
 
     @property
     def total_steps(self) -> int:
@@ -179,11 +182,13 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss` or `score` for a run: call its factory, or its `late` builder with the run."""
+        """Build `model`, `loss` or `score` for a run: by its factory or `late` builder, or as a copy of a module."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)
-        return value() if part == "model" else value
+        if part == "model":
+            return value()
+        return copy.deepcopy(value) if isinstance(value, nn.Module) else value
 
 
 def compose(recipe: Recipe, methods: Sequence[tuple[Any, dict[str, Any]]]) -> Recipe:
