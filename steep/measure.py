@@ -1,14 +1,17 @@
-"""What a training costs: seconds (wall and CPU) of training proper, and peak memory."""
+"""What a training costs: seconds (wall and CPU) of training proper, peak memory, and what autograd keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 _PROC = Path("/proc/self")
 
@@ -82,3 +85,26 @@ def _return_free_memory() -> None:
     """Have glibc give freed memory back: what an earlier training left would hide what this one needs."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def saved_bytes(forward: Callable[[], Any], model: nn.Module) -> int:
+    """Bytes that autograd keeps for the backward pass of what `forward` computes, beside parameters and buffers.
+
+    Memory is counted once, however many operations keep it, and whole where a view of it is kept.
+
+    Example:
+        >>> model, x = nn.Linear(64, 8), torch.randn(100, 64)
+        >>> saved_bytes(lambda: model(x), model) == 100 * 64 * 4
+        True
+    """
+    own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage)  # held, so that its address is not given to another
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)

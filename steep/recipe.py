@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class Rule(Protocol):
-    """A backward rule: takes the vector of losses, fills ``.grad`` (adding to what is there), never steps."""
+    """A backward rule: takes the vector of losses, fills ``.grad`` (adding to what is there), never steps.
+
+    One that declares the need "indices" has its attribute `indices` set to a batch's before the forward pass.
+    """
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None: ...
 

@@ -133,6 +133,8 @@ class Training:
         return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
 
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        if "indices" in self.needs["rule"]:
+            self.rule.indices = batch.indices  # type: ignore[attr-defined]
         return self.loss(model(batch.x), batch.y, **self._asked(batch))
 
     def _asked(self, batch: Batch) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class Attached:
         check_needs(name, needs & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
 
     def look_at(self, batch: Batch) -> None:
-        """Compare what the parts need of a batch with the first one."""
+        """Compare what the parts need of a batch with the first one, and tell a rule that asks its indices."""
+        if "indices" in getattr(self.rule, "needs", ()):
+            self.rule.indices = batch.indices  # type: ignore[union-attr]
         if not self._looked_at_batch:
             for part in (self.rule, *self.parts):
                 needs = OF_THE_BATCH & set(getattr(part, "needs", ()))
