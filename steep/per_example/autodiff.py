@@ -152,6 +152,7 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
         grad: gradient of the (first) output.
     """
     params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    before = [p._version for p in params.values()]
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(grad)}
 
     def call(values: dict[str, Tensor], example: dict[Any, Tensor]) -> Tensor:
@@ -164,8 +165,10 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
         return tuple(found.values())
 
     def block(examples: range) -> Sequence[Tensor]:
+        if before != [p._version for p in params.values()]:
+            raise RuntimeError(f"a parameter of a {type(layer).__name__} was changed while its rows were still in use")
         chosen = slice(examples.start, examples.stop)
-        with unbatched_operations_allowed():
+        with unbatched_operations_allowed(), torch.enable_grad():  # some kernels keep nothing for a backward without
             return vmap(pull)({k: v[chosen] for k, v in batched.items()}, grad[chosen])
 
     return Blocks(tuple(p for p in layer.parameters() if p.requires_grad), len(grad), block)

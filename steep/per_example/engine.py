@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from steep.needs import NEEDS, UnmetNeed
 from steep.per_example.graph import trace
+from steep.per_example.mixing import refuse_mixing
 from steep.per_example.parts import Part
-from steep.per_example.recording import Call, Recorder, recorded_layers
+from steep.per_example.recording import Call, Entrance, Recorder, recorded_layers
 from steep.per_example.rows import Rows, assemble
 
 TOLERANCE = 1e-3
@@ -34,6 +35,9 @@ class PerExample:
     Args:
         model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
         check: compare the first batch with an ordinary backward.
+        independent: refuse losses that depend on other examples than their own (BatchNorm in training mode; softmax,
+            mean or products over the batch), as far as the check can tell. ``False`` takes the vector of losses as it
+            is, such as residuals of an equation on a grid: rows stay exact, but what is mixed is left to autograd.
 
     Attributes:
         left_to_autograd: names of parameters whose layers' records proved wrong.
@@ -48,20 +52,28 @@ class PerExample:
         (torch.Size([5, 5]), torch.Size([5]))
     """
 
-    def __init__(self, model: nn.Module, *, check: bool = True):
-        self.model = model
+    def __init__(self, model: nn.Module, *, check: bool = True, independent: bool = True):
+        if not (check or independent):
+            raise ValueError("independent=False needs check=True: the check finds which layers are mixed")
+        _refuse_wrappers(model)
+        self.model, self.independent = model, independent
         self.left_to_autograd: set[str] = set()
         self._check = self._unchecked = check
         self._unfit: set[str] = set()
         self._key = object()
+        entrance = Entrance()
         handles = [
-            layer.register_forward_hook(Recorder(name, self._key), with_kwargs=True)
-            for name, layer in recorded_layers(model)
+            model.register_forward_pre_hook(entrance, with_kwargs=True),
+            *(
+                layer.register_forward_hook(Recorder(name, self._key, entrance), with_kwargs=True)
+                for name, layer in recorded_layers(model)
+            ),
+            model.register_forward_hook(entrance, with_kwargs=True),
         ]
         self.remove = weakref.finalize(self, _remove_all, handles)
 
     def __reduce__(self) -> Any:
-        return _remade, (self.model, self._check, self.left_to_autograd)
+        return _remade, (self.model, self._check, self.independent, self.left_to_autograd)
 
     def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
         """The rows of the Jacobian of `losses` with respect to the parameters that train, one per example.
@@ -72,7 +84,8 @@ class PerExample:
 
         Raises:
             ValueError: losses that are no vector, or that depend on nothing that trains.
-            UnmetNeed: a BatchNorm layer in training mode.
+            UnmetNeed: a BatchNorm layer in training mode, or another operation that mixes examples.
+            RuntimeError: inputs or parameters of a layer were changed since the forward.
         """
         _check_vector(losses)
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -86,6 +99,8 @@ class PerExample:
         wrong = differing(rows, losses, found.eps) if self._unchecked else None
         if wrong is None:
             return rows
+        if self.independent and wrong | outside:
+            refuse_mixing(losses, self._key)
         self._unchecked = False
         self.left_to_autograd |= {names[p] for p in wrong}
         _warn([name for p, name in names.items() if p in outside | wrong])
@@ -93,6 +108,8 @@ class PerExample:
 
     def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
         """Whether a record is usable. Outputs that fit the batch after all may do so by accident: check again."""
+        if call.couples and not self.independent:
+            return False
         if call.couples:
             raise UnmetNeed(
                 "per-example gradients need examples that do not influence each other's outputs, but "
@@ -109,9 +126,9 @@ class PerExample:
         return True
 
 
-def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExample:
+def _remade(model: nn.Module, check: bool, independent: bool, left_to_autograd: set[str]) -> PerExample:
     """An engine of a copied or loaded model."""
-    engine = PerExample(model, check=check)
+    engine = PerExample(model, check=check, independent=independent)
     engine.left_to_autograd = left_to_autograd
     return engine
 
@@ -119,6 +136,12 @@ def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExa
 def _remove_all(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError("DataParallel runs copies of the layers: use DistributedDataParallel, one process per GPU")
 
 
 def _check_vector(losses: Tensor) -> None:

@@ -15,12 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from steep.needs import UnmetNeed
 from steep.per_example.autodiff import through_broadcast
 from steep.per_example.parts import Part
 from steep.per_example.recording import Call
 
 BROADCASTING = ("AddBackward0", "ExpandBackward0")
 """Operations whose gradient has a batch dimension even where the value that they take has none."""
+
+OPAQUE = {
+    "CheckpointFunctionBackward": "torch.utils.checkpoint runs the layers where they cannot be watched: give it "
+    "use_reentrant=False",
+    "CompiledFunctionBackward": "torch.compile hides the layers: use the model as it was before it was compiled, or "
+    "disable it for this step with torch.compiler.set_stance('force_eager')",
+}
+"""Operations that hide parameters of the model, and the way out."""
 
 
 @dataclass(eq=False)
@@ -86,10 +95,12 @@ class Trace:
         try:
             inputs = [*self.ends, *self.leaves]
             torch.autograd.grad(losses, inputs, torch.ones_like(losses), retain_graph=keep, allow_unused=True)
+            for call in self.calls:
+                call.finish()
             return [part for tap in self.taps for part in tap.parts]
         finally:
             for call in self.calls:
-                call.batch, call.parts = None, []
+                call.batch, call.grads, call.parts = None, {}, []
             for hook in hooks:
                 hook.remove()
 
@@ -103,6 +114,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
     """
     found = Trace()
     seen: set[Node] = set()
+    verdicts: dict[Call, bool] = {}  # one for all outputs of a call
     todo: list[Any] = [losses.grad_fn]
     while todo:
         node = todo.pop()
@@ -112,12 +124,15 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
             found.leaves[_leaf(node)] = None
             continue
         seen.add(node)
-        call = node.metadata.get(key)
-        if call is not None and accepts(call):
-            found.calls.append(call)
+        call, output_nr = node.metadata.get(key, (None, 0))
+        if call is not None and call not in verdicts:
+            verdicts[call] = accepts(call)
+            found.calls += [call] if verdicts[call] else []
+        if verdicts.get(call):
             todo += call.upstream
-            found.ends += [] if call.upstream else [GradientEdge(node, call.output_nr)]
+            found.ends += [] if call.upstream else [GradientEdge(node, output_nr)]
             continue
+        _refuse_opaque(node, names)
         for edge in node.next_functions:
             broadcast = _broadcast(node, edge, len(losses), names)
             if broadcast is None:
@@ -126,6 +141,17 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
                 found.broadcasts.append(broadcast)
                 found.ends.append(broadcast.edge)
     return found
+
+
+def _refuse_opaque(node: Any, names: dict[Tensor, str]) -> None:
+    """A compiled loss is in order; its parameters are not the model's."""
+    name = node.name()
+    if name in OPAQUE and (name != "CompiledFunctionBackward" or not names.keys().isdisjoint(_children(node))):
+        raise UnmetNeed(f"per-example gradients are not to be had here: {OPAQUE[name]}")
+
+
+def _children(node: Any) -> list[Any]:
+    return [_leaf(child) for child, _ in node.next_functions if child is not None and _is_leaf(child)]
 
 
 def _is_leaf(node: Any) -> bool:

@@ -5,12 +5,15 @@ The engine itself keeps nothing between forward and backward: records die with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
+from inspect import Signature, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from steep.per_example.autodiff import first, local
 from steep.per_example.layers import Rule, rule_of
@@ -19,29 +22,31 @@ from steep.per_example.parts import Part
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One use of a layer; its parts are made when the gradient of its output arrives.
+    """One use of a layer; its parts are made when the gradients of its outputs have arrived.
 
     Args:
         name: of the layer in the model.
         rule: closed form, or `None`.
-        inputs: by position or name; `versions` count their in-place modifications.
+        inputs: by position or name; `versions` count in-place modifications of them and of the layer's parameters.
         upstream: nodes (or leaves) of the graph that the inputs come from.
-        shape, dtype: of the output, which is output `output_nr` of its node.
+        shapes, dtype: of the outputs that are watched; all of them if the rule is for the whole call.
         couples: the layer mixes examples.
+        entry: length of the batch that the model was called with, if an input is that batch; else 0.
     """
 
     name: str
     layer: nn.Module
     rule: Rule | None
     inputs: dict[Any, Any]
-    versions: list[int]
+    versions: tuple[list[int], list[int]]
     upstream: list[Any]
-    shape: torch.Size
+    shapes: list[torch.Size]
     dtype: torch.dtype
-    output_nr: int
     couples: bool
+    entry: int = 0
     batch: int | None = None
     last: bool = True
+    grads: dict[int, Tensor] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
 
     @property
@@ -49,29 +54,53 @@ class Call:
         return tuple(p for p in self.layer.parameters() if p.requires_grad)
 
     def holds(self, batch: int) -> bool:
-        """Whether the output's leading dimension can be that of the examples."""
-        if self.rule is None:
-            return len(self.shape) > 0 and self.shape[0] == batch and not _draws(self.layer)
-        leading = self.shape[0] if len(self.shape) > self.rule.sample_dims(self.layer) else 1
-        return leading % batch == 0
+        """Whether a dimension of the (first) output can be that of the examples."""
+        shape, rule = self.shapes[0], self.rule
+        if (rule is None or rule.whole) and _draws(self.layer):
+            return False
+        if rule is None:
+            return len(shape) > 0 and shape[0] == batch
+        samples = shape[rule.batch_dim(self.layer)] if len(shape) > rule.sample_dims(self.layer) else 1
+        return samples % batch == 0
 
-    def receive(self, grad: Tensor) -> None:
-        """Tensor hook on the output; asleep unless `batch` says that rows are being collected, for the `last` time."""
-        if self.batch is None:
+    def receive(self, index: int, grad: Tensor | None) -> None:
+        """Tensor hook on an output; asleep unless `batch` says that rows are being collected."""
+        if self.batch is None or grad is None:
             return
-        if self.versions != versions(self.inputs):
-            raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
+        self.grads[index] = grad.reshape(self.shapes[index])
+        if len(self.shapes) == 1:
+            self.finish()
+
+    def finish(self) -> None:
+        """Make the parts and, for the `last` time, let go of the inputs; nothing to do without new gradients."""
+        if self.batch is None or not self.grads:
+            return
+        self._refuse_changes()
         with torch.no_grad():
-            self.parts = list(self._make_parts(grad.reshape(self.shape), self.batch))
+            self.parts = list(self._make_parts(self.batch))
+        self.grads = {}
         if self.last:
             self.inputs = {}
 
-    def _make_parts(self, grad: Tensor, batch: int) -> Iterable[Part]:
+    def _refuse_changes(self) -> None:
+        inputs, params = versions(self.inputs, self.layer)
+        if self.versions[0] != inputs:
+            raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
+        if self.versions[1] != params:
+            raise RuntimeError(
+                f"a parameter of layer {self.name!r} was changed between the forward and its rows (by an optimizer's "
+                "step, say): make the rows first"
+            )
+
+    def _make_parts(self, batch: int) -> Iterable[Part]:
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
-        inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
+        inputs = tree_map(partial(_plain, dtype=dtype), self.inputs)
+        grads = [self.grads[k].to(dtype) if k in self.grads else None for k in range(len(self.shapes))]
         if self.rule is None:
-            return [local(self.layer, inputs, grad.to(dtype))]
-        return self.rule.parts(self.layer, next(iter(inputs.values())), grad.to(dtype), batch)
+            return [local(self.layer, inputs, grads[0])]
+        if self.rule.whole:
+            return self.rule.parts(self.layer, arguments(self.layer, inputs), grads, batch)
+        return self.rule.parts(self.layer, next(iter(inputs.values())), grads[0], batch)
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -85,18 +114,69 @@ def _plain(value: Any, dtype: torch.dtype) -> Any:
     return value.detach().to(dtype) if value.is_floating_point() else value
 
 
-def versions(inputs: dict[Any, Any]) -> list[int]:
-    return [t._version for t in inputs.values() if isinstance(t, Tensor)]
+def arguments(layer: nn.Module, inputs: dict[Any, Any]) -> dict[str, Any]:
+    """Inputs (by position or name) under the names that the layer's `forward` has for them, with its defaults."""
+    positional = (v for k, v in inputs.items() if isinstance(k, int))
+    named = {k: v for k, v in inputs.items() if isinstance(k, str)}
+    bound = _signature(type(layer).forward).bind(layer, *positional, **named)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-class Recorder:
-    """Forward hook of one layer. A copy or pickle of the model gets a hook that does nothing."""
+@cache
+def _signature(forward: Callable[..., Any]) -> Signature:
+    return signature(forward)
 
-    def __init__(self, name: str, key: object):
-        self.name, self.key = name, key
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from tensors(one)
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+
+
+def versions(inputs: dict[Any, Any], layer: nn.Module) -> tuple[list[int], list[int]]:
+    return [t._version for t in tensors(inputs)], [p._version for p in layer.parameters()]
+
+
+class Watcher:
+    """A hook on one model. A copy or pickle of the model gets a hook that does nothing."""
 
     def __reduce__(self) -> Any:
         return _Silent, ()
+
+
+class Entrance(Watcher):
+    """Before and after a forward of the whole model: notes which memory holds the batch that it was given."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        given = () if output or torch.compiler.is_compiling() else tensors((args, kwargs))
+        self.lengths = {memory: len(t) for t in given if t.ndim and (memory := _memory(t))}
+
+    def length(self, inputs: dict[Any, Any]) -> int:
+        """Length of the batch, if one of these is (a view of) it; else 0."""
+        return next((n for t in tensors(inputs) if (n := self.lengths.get(_memory(t), 0))), 0) if self.lengths else 0
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or inside a transformation of `torch.func`
+        return 0
+
+
+class Recorder(Watcher):
+    """Forward hook of one layer."""
+
+    def __init__(self, name: str, key: object, entrance: Entrance):
+        self.name, self.key, self.entrance = name, key, entrance
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         out = first(output)
@@ -104,27 +184,31 @@ class Recorder:
             return
         couples = isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None)
         if couples or _trains_own(layer):
-            self._record(layer, {**dict(enumerate(args)), **kwargs}, out, couples)
+            self._record(layer, {**dict(enumerate(args)), **kwargs}, output, couples)
 
-    def _record(self, layer: nn.Module, inputs: dict[Any, Any], out: Tensor, couples: bool) -> None:
-        tap = _base(out)
-        metadata: Any = tap.grad_fn.metadata  # type: ignore[union-attr]
-        if self.key in metadata:  # the layer handed on what another layer gave it
+    def _record(self, layer: nn.Module, inputs: dict[Any, Any], output: Any, couples: bool) -> None:
+        rule = rule_of(layer)
+        outputs = [t for t in tensors(output) if t.grad_fn] if rule and rule.whole else [first(output)]
+        taps = [_base(out) for out in outputs]
+        if self.key in taps[0].grad_fn.metadata:  # the layer handed on what another layer gave it
             return
-        upstream = [t.grad_fn or t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
-        metadata[self.key] = call = Call(
+        upstream = [t.grad_fn or t for t in tensors(inputs) if t.requires_grad]
+        call = Call(
             name=self.name,
             layer=layer,
-            rule=rule_of(layer),
+            rule=rule,
             inputs=inputs,
-            versions=versions(inputs),
+            versions=versions(inputs, layer),
             upstream=upstream,
-            shape=out.shape,
-            dtype=out.dtype,
-            output_nr=tap.output_nr,
+            shapes=[out.shape for out in outputs],
+            dtype=outputs[0].dtype,
             couples=couples,
+            entry=0 if upstream else self.entrance.length(inputs),
         )
-        tap.register_hook(call.receive)
+        for index, tap in enumerate(taps):
+            metadata: Any = tap.grad_fn.metadata  # type: ignore[union-attr]
+            metadata[self.key] = call, tap.output_nr
+            tap.register_hook(partial(call.receive, index))
 
 
 class _Silent:

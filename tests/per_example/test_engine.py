@@ -108,7 +108,7 @@ def test_an_input_modified_in_place_is_refused_with_the_layers_name():
 def test_hooks_go_with_the_engine_or_on_request():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2), nn.ReLU())
     engine = PerExample(model)
-    assert len(hooks_of(model)) == 3
+    assert len(hooks_of(model)) == 3 + 2  # the layers' and the model's own
     engine.remove()
     assert not hooks_of(model)
     engine = PerExample(model)
