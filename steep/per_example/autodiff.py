@@ -97,7 +97,7 @@ def gradients(
     """`torch.autograd.grad` with zeros for unused parameters; `batched`: for each entry of `cotangent`."""
     if not batched:
         found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+        return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, params, strict=True)]
     try:
         with unbatched_operations_allowed():
             found = torch.autograd.grad(

@@ -94,7 +94,7 @@ def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Itera
     yield Lookup((layer.weight,), tokens, d)
 
 
-@closed_form(nn.EmbeddingBag, covers=lambda layer: not (layer.sparse or layer.scale_grad_by_freq), whole=True)
+@closed_form(nn.EmbeddingBag, covers=lambda layer: not layer.scale_grad_by_freq, whole=True)
 def embedding_bag(
     layer: nn.EmbeddingBag, inputs: dict[str, Any], grads: Sequence[Tensor], batch: int
 ) -> Iterator[Part]:

@@ -103,7 +103,7 @@ class PerExample:
             refuse_mixing(losses, self._key)
         self._unchecked = False
         self.left_to_autograd |= {names[p] for p in wrong}
-        _warn([name for p, name in names.items() if p in outside | wrong])
+        _warn([name for p, name in names.items() if p in outside | wrong], found.lengths - {len(losses)}, len(losses))
         return assemble(parts, names, outside | wrong, losses) if wrong else rows
 
     def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
@@ -154,11 +154,14 @@ def _check_vector(losses: Tensor) -> None:
         raise ValueError(NOTHING_TRAINS)
 
 
-def _warn(slow: list[str]) -> None:
+def _warn(slow: list[str], lengths: set[int], batch: int) -> None:
+    """Args: lengths: of batches that the model was given, other than that of the losses."""
     if slow:
+        odd = f" (the model was called with {min(lengths)} examples for {batch} losses)" if lengths else ""
         warnings.warn(
             f"each step takes one more backward per example for {', '.join(slow[:5])}{', ...' if slow[5:] else ''}: "
-            "used outside layers, by layers that no rule describes, or before the model was watched",
+            "used outside layers, by layers that no rule describes, before the model was watched, or where examples "
+            f"influence each other{odd}",
             stacklevel=3,
         )
 

@@ -23,14 +23,6 @@ from steep.per_example.recording import Call
 BROADCASTING = ("AddBackward0", "ExpandBackward0")
 """Operations whose gradient has a batch dimension even where the value that they take has none."""
 
-OPAQUE = {
-    "CheckpointFunctionBackward": "torch.utils.checkpoint runs the layers where they cannot be watched: give it "
-    "use_reentrant=False",
-    "CompiledFunctionBackward": "torch.compile hides the layers: use the model as it was before it was compiled, or "
-    "disable it for this step with torch.compiler.set_stance('force_eager')",
-}
-"""Operations that hide parameters of the model, and the way out."""
-
 
 @dataclass(eq=False)
 class Broadcast:
@@ -58,12 +50,14 @@ class Trace:
         calls, broadcasts: where parts will come from.
         leaves: leaves used outside of them.
         ends: edges where the walk ended otherwise; with the leaves, all that a backward must reach.
+        lengths: of the batches that the model was called with.
     """
 
     calls: list[Call] = field(default_factory=list)
     broadcasts: list[Broadcast] = field(default_factory=list)
     leaves: dict[Any, None] = field(default_factory=dict)
     ends: list[GradientEdge] = field(default_factory=list)
+    lengths: set[int] = field(default_factory=set)
 
     @property
     def taps(self) -> list[Call | Broadcast]:
@@ -128,11 +122,12 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
         if call is not None and call not in verdicts:
             verdicts[call] = accepts(call)
             found.calls += [call] if verdicts[call] else []
+            found.lengths |= {call.entry} - {0}
         if verdicts.get(call):
             todo += call.upstream
             found.ends += [] if call.upstream else [GradientEdge(node, output_nr)]
             continue
-        _refuse_opaque(node, names)
+        _refuse_hidden(node)
         for edge in node.next_functions:
             broadcast = _broadcast(node, edge, len(losses), names)
             if broadcast is None:
@@ -143,15 +138,12 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
     return found
 
 
-def _refuse_opaque(node: Any, names: dict[Tensor, str]) -> None:
-    """A compiled loss is in order; its parameters are not the model's."""
-    name = node.name()
-    if name in OPAQUE and (name != "CompiledFunctionBackward" or not names.keys().isdisjoint(_children(node))):
-        raise UnmetNeed(f"per-example gradients are not to be had here: {OPAQUE[name]}")
-
-
-def _children(node: Any) -> list[Any]:
-    return [_leaf(child) for child, _ in node.next_functions if child is not None and _is_leaf(child)]
+def _refuse_hidden(node: Any) -> None:
+    if node.name() == "CheckpointFunctionBackward":
+        raise UnmetNeed(
+            "per-example gradients need layers that can be watched, but torch.utils.checkpoint runs them in a graph of "
+            "its own: give it use_reentrant=False"
+        )
 
 
 def _is_leaf(node: Any) -> bool:

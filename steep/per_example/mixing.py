@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from math import prod
 from typing import Any
 
 import torch
@@ -85,9 +86,9 @@ def _message(losses: Tensor, key: object, below: dict[Any, list[Edge]], shared: 
     call = max(calls, key=lambda pair: pair[0])[1]
     return (
         "per-example gradients need losses that depend on their own example only, but examples influence each other "
-        f"through {name!r}, after layer {call.name!r} ({type(call.layer).__name__}): compute it within each example, or "
-        "make the engine with independent=False, which takes one backward per example. "
-        f"For normalization: {NEEDS['independent_examples'].remedy}"
+        f"through {name!r}, after layer {call.name!r} ({type(call.layer).__name__}): compute it within each example "
+        f"(for normalization, {NEEDS['independent_examples'].remedy}), or set the engine's independent=False, which "
+        "takes one backward per example for all that is mixed"
     )
 
 
@@ -97,17 +98,21 @@ def _culprit(losses: Tensor, below: dict[Any, list[Edge]], shared: set[Edge]) ->
     Above it no value is shared. Where it merely uses what was reduced over the batch, it is the reduction itself.
     """
     mixed = {node for node, _ in shared}
-    node = next(n for n, children in below.items() if n not in mixed and shared & set(children))
-    while True:
-        reduced = [c for c, nr in below[node] if (c, nr) in shared and not _batched(c, nr, len(losses))]
-        if not reduced:
-            return node
-        node = reduced[0]
+    chain = [next(n for n, children in below.items() if n not in mixed and shared & set(children))]
+    while reduced := [c for c, nr in below[chain[-1]] if (c, nr) in shared and not _batched(c, nr, len(losses))]:
+        chain.append(reduced[0])
+    return next((n for n in reversed(chain[1:]) if _shrinks(n, below)), chain[0])
 
 
 def _batched(node: Any, nr: int, batch: int) -> bool:
+    """Whether a value has one entry per example, which it has not been given by copying."""
     shape = node._input_metadata[nr].shape
-    return len(shape) > 0 and shape[0] % batch == 0
+    return len(shape) > 0 and shape[0] % batch == 0 and not node.name().startswith("Expand")
+
+
+def _shrinks(node: Any, below: dict[Any, list[Edge]]) -> bool:
+    size, *others = (prod(n._input_metadata[nr].shape) for n, nr in [(node, 0), *below[node]])
+    return bool(others) and size < max(others)
 
 
 def _call(node: Any, key: object) -> Call | None:

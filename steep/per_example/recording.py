@@ -189,7 +189,7 @@ class Recorder(Watcher):
     def _record(self, layer: nn.Module, inputs: dict[Any, Any], output: Any, couples: bool) -> None:
         rule = rule_of(layer)
         outputs = [t for t in tensors(output) if t.grad_fn] if rule and rule.whole else [first(output)]
-        taps = [_base(out) for out in outputs]
+        taps = [_base(outputs[0]), *outputs[1:]]  # what is below another output may be used by the first
         if self.key in taps[0].grad_fn.metadata:  # the layer handed on what another layer gave it
             return
         upstream = [t.grad_fn or t for t in tensors(inputs) if t.requires_grad]

@@ -179,9 +179,8 @@ def instance_norms_of_all_kinds():
 
 @entry
 def instance_norm_without_batch_dimension():
-    return Apply(
-        lambda m, x: m.norm(m.conv(x[0]))[None], conv=nn.Conv1d(2, 2, 2), norm=nn.InstanceNorm1d(2, affine=True)
-    ), (torch.randn(1, 2, 6))
+    norm = nn.InstanceNorm1d(2, affine=True)
+    return Apply(lambda m, x: m.norm(m.conv(x[0]))[None], conv=nn.Conv1d(2, 2, 2), norm=norm), torch.randn(1, 2, 6)
 
 
 @entry
