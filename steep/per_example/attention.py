@@ -62,7 +62,8 @@ def _attend(layer: nn.MultiheadAttention, projected: Sequence[Tensor], inputs: d
     """What comes out before the output projection (time first), and the attention weights if they were asked for."""
     same = torch.eye(layer.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
     options = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    return F.multi_head_attention_forward(
+    forward: Any = F.multi_head_attention_forward
+    return forward(
         *projected,
         layer.embed_dim,
         layer.num_heads,

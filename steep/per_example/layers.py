@@ -114,7 +114,8 @@ def over_space(t: Tensor) -> Tensor:
 
 @closed_form(nn.LayerNorm, nn.RMSNorm, sample_dims=lambda layer: len(layer.normalized_shape))
 def layer_norm(layer: nn.LayerNorm | nn.RMSNorm, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
-    shape, function = layer.normalized_shape, F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm
+    shape = layer.normalized_shape
+    function: Any = F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm
     normalize = partial(function, normalized_shape=shape, eps=layer.eps)
     yield from scale_and_shift(layer, normalize, lambda t: t, x.reshape(-1, *shape), grad.reshape(-1, *shape), batch)
 

@@ -98,16 +98,23 @@ def _culprit(losses: Tensor, below: dict[Any, list[Edge]], shared: set[Edge]) ->
     Above it no value is shared. Where it merely uses what was reduced over the batch, it is the reduction itself.
     """
     mixed = {node for node, _ in shared}
-    chain = [next(n for n, children in below.items() if n not in mixed and shared & set(children))]
-    while reduced := [c for c, nr in below[chain[-1]] if (c, nr) in shared and not _batched(c, nr, len(losses))]:
-        chain.append(reduced[0])
-    return next((n for n in reversed(chain[1:]) if _shrinks(n, below)), chain[0])
+    users = [node for node, children in below.items() if node not in mixed and shared & set(children)]
+    reductions = (_reduction(node, len(losses), below, shared) for node in users)
+    return next((node for node in reductions if node is not None), users[0])
+
+
+def _reduction(node: Any, batch: int, below: dict[Any, list[Edge]], shared: set[Edge]) -> Any:
+    """Follow values that have no entry per example down to where they were made of such that have."""
+    found = None
+    while reduced := [c for c, nr in below[node] if (c, nr) in shared and not _batched(c, nr, batch)]:
+        node = reduced[0]
+        found = node if _shrinks(node, below) else found
+    return found
 
 
 def _batched(node: Any, nr: int, batch: int) -> bool:
-    """Whether a value has one entry per example, which it has not been given by copying."""
     shape = node._input_metadata[nr].shape
-    return len(shape) > 0 and shape[0] % batch == 0 and not node.name().startswith("Expand")
+    return len(shape) > 0 and shape[0] % batch == 0
 
 
 def _shrinks(node: Any, below: dict[Any, list[Edge]]) -> bool:

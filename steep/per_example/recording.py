@@ -95,11 +95,12 @@ class Call:
     def _make_parts(self, batch: int) -> Iterable[Part]:
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
         inputs = tree_map(partial(_plain, dtype=dtype), self.inputs)
-        grads = [self.grads[k].to(dtype) if k in self.grads else None for k in range(len(self.shapes))]
+        grads = {k: grad.to(dtype) for k, grad in self.grads.items()}
         if self.rule is None:
             return [local(self.layer, inputs, grads[0])]
         if self.rule.whole:
-            return self.rule.parts(self.layer, arguments(self.layer, inputs), grads, batch)
+            outputs = [grads.get(k) for k in range(len(self.shapes))]
+            return self.rule.parts(self.layer, arguments(self.layer, inputs), outputs, batch)
         return self.rule.parts(self.layer, next(iter(inputs.values())), grads[0], batch)
 
 
@@ -189,7 +190,7 @@ class Recorder(Watcher):
     def _record(self, layer: nn.Module, inputs: dict[Any, Any], output: Any, couples: bool) -> None:
         rule = rule_of(layer)
         outputs = [t for t in tensors(output) if t.grad_fn] if rule and rule.whole else [first(output)]
-        taps = [_base(outputs[0]), *outputs[1:]]  # what is below another output may be used by the first
+        taps: list[Any] = [_base(outputs[0]), *outputs[1:]]  # what is below another output may be used by the first
         if self.key in taps[0].grad_fn.metadata:  # the layer handed on what another layer gave it
             return
         upstream = [t.grad_fn or t for t in tensors(inputs) if t.requires_grad]
@@ -206,8 +207,7 @@ class Recorder(Watcher):
             entry=0 if upstream else self.entrance.length(inputs),
         )
         for index, tap in enumerate(taps):
-            metadata: Any = tap.grad_fn.metadata  # type: ignore[union-attr]
-            metadata[self.key] = call, tap.output_nr
+            tap.grad_fn.metadata[self.key] = call, tap.output_nr
             tap.register_hook(partial(call.receive, index))
 
 

@@ -28,10 +28,12 @@ def losses_of(outputs):
 
 def jacobian(losses, model):
     params = [p for p in model.parameters() if p.requires_grad]
-    rows = [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
-    return torch.stack(
-        [torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(r, params)]) for r in rows]
-    )
+
+    def row(loss):
+        found = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in found])
+
+    return torch.stack([row(loss) for loss in losses])
 
 
 def same_rows(model, forward, parts=("Outer", "Dense", "Lookup")):
