@@ -26,18 +26,26 @@ NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the 
 class PerExample:
     """Per-example gradients of any model, without the B x P matrix, for about the price of one more backward.
 
-    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, LayerNorm, GroupNorm,
-    BatchNorm in evaluation mode and Embedding, tied and reused weights among them. Other layers are differentiated
-    one example at a time, and parameters used outside layers cost one backward per example. The rows are exact: on
-    the first batch (and when a layer's output fits the batch after it had not) a weighted sum of them is compared
-    with an ordinary backward, and parameters that differ are left to autograd from then on.
+    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, the norms (Layer, RMS, Group,
+    Instance, and Batch in evaluation mode), Embedding and EmbeddingBag, MultiheadAttention, and RNN, LSTM and GRU,
+    tied and reused weights among them. Other layers are differentiated one example at a time, and parameters used
+    outside layers cost one backward per example. The rows are exact: on the first batch (and when a layer's output
+    fits the batch after it had not) a weighted sum of them is compared with an ordinary backward, and parameters that
+    differ are left to autograd from then on.
+
+    What belongs to a forward hangs on its graph, so any number of forwards may come before the rows of one, or of
+    losses that depend on several. Segments checkpointed with ``use_reentrant=False`` are right, but the inputs of their
+    layers are kept. A compiled model is compiled in pieces, between the layers; a part of it that had run before the
+    engine was made is left to autograd.
 
     Args:
         model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
         check: compare the first batch with an ordinary backward.
         independent: refuse losses that depend on other examples than their own (BatchNorm in training mode; softmax,
-            mean or products over the batch), as far as the check can tell. ``False`` takes the vector of losses as it
-            is, such as residuals of an equation on a grid: rows stay exact, but what is mixed is left to autograd.
+            mean or products over the batch). The check finds them where a first layer is called with (a view of) the
+            model's own input; elsewhere it warns, and rows are exact. Statistics that are detached count as constants.
+            ``False`` takes the vector of losses as it is, such as residuals of an equation on a grid: rows are exact,
+            but what is mixed is left to autograd.
 
     Attributes:
         left_to_autograd: names of parameters whose layers' records proved wrong.
@@ -84,7 +92,8 @@ class PerExample:
 
         Raises:
             ValueError: losses that are no vector, or that depend on nothing that trains.
-            UnmetNeed: a BatchNorm layer in training mode, or another operation that mixes examples.
+            UnmetNeed: a BatchNorm layer in training mode, another operation that mixes examples, or a segment
+                checkpointed with ``use_reentrant=True``.
             RuntimeError: inputs or parameters of a layer were changed since the forward.
         """
         _check_vector(losses)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from steep.per_example.autodiff import first, local
 from steep.per_example.layers import Rule, rule_of
@@ -26,8 +25,9 @@ class Call:
 
     Args:
         name: of the layer in the model.
+        weights: all parameters of the layer, those included that do not train.
         rule: closed form, or `None`.
-        inputs: by position or name; `versions` count in-place modifications of them and of the layer's parameters.
+        inputs: by position or name; `versions` count in-place modifications of them and of the weights.
         upstream: nodes (or leaves) of the graph that the inputs come from.
         shapes, dtype: of the outputs that are watched; all of them if the rule is for the whole call.
         couples: the layer mixes examples.
@@ -36,6 +36,7 @@ class Call:
 
     name: str
     layer: nn.Module
+    weights: list[nn.Parameter]
     rule: Rule | None
     inputs: dict[Any, Any]
     versions: tuple[list[int], list[int]]
@@ -51,7 +52,7 @@ class Call:
 
     @property
     def params(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in self.layer.parameters() if p.requires_grad)
+        return tuple(p for p in self.weights if p.requires_grad)
 
     def holds(self, batch: int) -> bool:
         """Whether a dimension of the (first) output can be that of the examples."""
@@ -83,10 +84,10 @@ class Call:
             self.inputs = {}
 
     def _refuse_changes(self) -> None:
-        inputs, params = versions(self.inputs, self.layer)
+        inputs, weights = versions(tensors(self.inputs)), versions(self.weights)
         if self.versions[0] != inputs:
             raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
-        if self.versions[1] != params:
+        if self.versions[1] != weights:
             raise RuntimeError(
                 f"a parameter of layer {self.name!r} was changed between the forward and its rows (by an optimizer's "
                 "step, say): make the rows first"
@@ -94,7 +95,7 @@ class Call:
 
     def _make_parts(self, batch: int) -> Iterable[Part]:
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
-        inputs = tree_map(partial(_plain, dtype=dtype), self.inputs)
+        inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
         grads = {k: grad.to(dtype) for k, grad in self.grads.items()}
         if self.rule is None:
             return [local(self.layer, inputs, grads[0])]
@@ -110,6 +111,8 @@ def _draws(layer: nn.Module) -> bool:
 
 
 def _plain(value: Any, dtype: torch.dtype) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_plain(one, dtype) for one in value)
     if not isinstance(value, Tensor):
         return value
     return value.detach().to(dtype) if value.is_floating_point() else value
@@ -140,8 +143,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(tuple(value.values()))
 
 
-def versions(inputs: dict[Any, Any], layer: nn.Module) -> tuple[list[int], list[int]]:
-    return [t._version for t in tensors(inputs)], [p._version for p in layer.parameters()]
+def versions(values: Iterable[Tensor]) -> list[int]:
+    return [t._version for t in values]
 
 
 class Watcher:
@@ -161,9 +164,9 @@ class Entrance(Watcher):
         given = () if output or torch.compiler.is_compiling() else tensors((args, kwargs))
         self.lengths = {memory: len(t) for t in given if t.ndim and (memory := _memory(t))}
 
-    def length(self, inputs: dict[Any, Any]) -> int:
+    def length(self, given: list[Tensor]) -> int:
         """Length of the batch, if one of these is (a view of) it; else 0."""
-        return next((n for t in tensors(inputs) if (n := self.lengths.get(_memory(t), 0))), 0) if self.lengths else 0
+        return next((n for t in given if (n := self.lengths.get(_memory(t), 0))), 0) if self.lengths else 0
 
 
 def _memory(t: Tensor) -> int:
@@ -184,27 +187,32 @@ class Recorder(Watcher):
         if not isinstance(out, Tensor) or out.grad_fn is None or torch.compiler.is_compiling():
             return
         couples = isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None)
-        if couples or _trains_own(layer):
-            self._record(layer, {**dict(enumerate(args)), **kwargs}, output, couples)
+        weights = list(layer.parameters())
+        if couples or _train(weights):
+            self._record(layer, weights, {**dict(enumerate(args)), **kwargs}, output, couples)
 
-    def _record(self, layer: nn.Module, inputs: dict[Any, Any], output: Any, couples: bool) -> None:
+    def _record(
+        self, layer: nn.Module, weights: list[nn.Parameter], inputs: dict[Any, Any], output: Any, couples: bool
+    ) -> None:
         rule = rule_of(layer)
         outputs = [t for t in tensors(output) if t.grad_fn] if rule and rule.whole else [first(output)]
         taps: list[Any] = [_base(outputs[0]), *outputs[1:]]  # what is below another output may be used by the first
         if self.key in taps[0].grad_fn.metadata:  # the layer handed on what another layer gave it
             return
-        upstream = [t.grad_fn or t for t in tensors(inputs) if t.requires_grad]
+        given = list(tensors(inputs))
+        upstream = [t.grad_fn or t for t in given if t.requires_grad]
         call = Call(
             name=self.name,
             layer=layer,
+            weights=weights,
             rule=rule,
             inputs=inputs,
-            versions=versions(inputs, layer),
+            versions=(versions(given), versions(weights)),
             upstream=upstream,
             shapes=[out.shape for out in outputs],
             dtype=outputs[0].dtype,
             couples=couples,
-            entry=0 if upstream else self.entrance.length(inputs),
+            entry=0 if upstream else self.entrance.length(given),
         )
         for index, tap in enumerate(taps):
             tap.grad_fn.metadata[self.key] = call, tap.output_nr
@@ -216,10 +224,9 @@ class _Silent:
         pass
 
 
-def _trains_own(layer: nn.Module) -> bool:
-    """Whether the layer trains parameters; `functional_call` and `vmap` put other tensors in their place."""
-    params = list(layer.parameters())
-    return all(isinstance(p, nn.Parameter) for p in params) and any(p.requires_grad for p in params)
+def _train(weights: list[nn.Parameter]) -> bool:
+    """Whether some train, and none is another tensor that `functional_call` or `vmap` has put in its place."""
+    return all(isinstance(p, nn.Parameter) for p in weights) and any(p.requires_grad for p in weights)
 
 
 def _base(out: Tensor) -> Tensor:
