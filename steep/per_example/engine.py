@@ -68,6 +68,7 @@ class PerExample:
         self.left_to_autograd: set[str] = set()
         self._check = self._unchecked = check
         self._unfit: set[str] = set()
+        self._shared: set[str] = set()
         self._key = object()
         entrance = Entrance()
         handles = [
@@ -99,6 +100,7 @@ class PerExample:
         _check_vector(losses)
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         found = trace(losses, self._key, lambda call: self._accepts(call, len(losses), names), names)
+        self._expect({names[p] for value in found.broadcasts for p in value.params})
         outside = found.outside(names, self.left_to_autograd)
         keep = retain_graph or self._unchecked or bool(outside)
         parts = found.collect(losses, keep=keep, last=not retain_graph)
@@ -114,6 +116,11 @@ class PerExample:
         self.left_to_autograd |= {names[p] for p in wrong}
         _warn([name for p, name in names.items() if p in outside | wrong], found.lengths - {len(losses)}, len(losses))
         return assemble(parts, names, outside | wrong, losses) if wrong else rows
+
+    def _expect(self, shared: set[str]) -> None:
+        """Parameters of values that seem to be shared by the examples, perhaps for the first time: check again."""
+        self._unchecked |= self._check and not shared <= self._shared
+        self._shared |= shared
 
     def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
         """Whether a record is usable. Outputs that fit the batch after all may do so by accident: check again."""

@@ -566,6 +566,21 @@ def test_a_layer_whose_output_fits_a_later_batch_by_accident_is_checked_then():
     assert engine.left_to_autograd == {"linear.weight", "linear.bias"}
 
 
+def test_a_value_that_seems_to_be_shared_by_a_later_batch_is_checked_then():
+    model = mlp(3, 2)
+    model.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    engine = PerExample(model)
+    for batch in (5, 4, 5):  # of 4 positions
+        x = torch.randn(4, batch, 3, dtype=torch.float64)
+        losses = model[0](torch.tanh(x + model.bias).transpose(0, 1)).square().sum((1, 2))
+        rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(engine.rows(losses).gram(), j @ j.T)
+    assert engine.left_to_autograd == {"bias"}
+
+
 def test_an_odd_batch_does_not_make_the_others_slow():
     model, x = mlp(3, 4, 2), torch.randn(6, 3, dtype=torch.float64)
     engine = PerExample(model)

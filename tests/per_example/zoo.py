@@ -225,9 +225,10 @@ def bag_of_the_largest():
 @entry
 def bags_of_different_lengths():
     def bags(m, x):
-        starts = torch.tensor([0, 3, 3, 4, 9])
-        ends = torch.tensor([0, 2, 5, 5, 9, 12])
-        words, weights = x["tokens"].flatten(), x["weights"].flatten()
+        inside = torch.arange(4) < x["lengths"][:, None]
+        words, weights, ends = x["tokens"][inside], x["weights"][inside], x["lengths"].cumsum(0)
+        starts = ends - x["lengths"]
+        ends = torch.cat([starts[:1], ends])
         return m.mean(words, starts), m.sum(words, offsets=ends, per_sample_weights=weights), m.max(words, starts)
 
     return Apply(
@@ -235,7 +236,7 @@ def bags_of_different_lengths():
         mean=nn.EmbeddingBag(7, 4),
         sum=nn.EmbeddingBag(7, 4, mode="sum", include_last_offset=True),
         max=nn.EmbeddingBag(7, 4, mode="max"),
-    ), {"tokens": torch.randint(7, (12,)), "weights": torch.randn(12)}
+    ), {"tokens": tokens(7, 4), "weights": images(4), "lengths": torch.tensor([3, 0, 1, 4, 3])}
 
 
 @entry
@@ -369,12 +370,14 @@ def time_first_linear_with_as_many_positions_as_examples():
 
 @entry
 def attention_with_masks():
-    def masked(m, x):
-        padding = torch.arange(4) >= torch.tensor([4, 2, 3, 4, 1])[:, None]
+    def masked(m, given):
+        x, lengths = given
+        padding = torch.arange(4) >= lengths[:, None]
         causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
         return m.attention(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)[0]
 
-    return Apply(masked, attention=nn.MultiheadAttention(8, 2, bias=False, batch_first=True)), images(4, 8)
+    model = Apply(masked, attention=nn.MultiheadAttention(8, 2, bias=False, batch_first=True))
+    return model, (images(4, 8), torch.tensor([4, 2, 3, 4, 1]))
 
 
 @entry
@@ -526,11 +529,11 @@ def dropout_between_recurrent_layers():
 
 @entry
 def packed_sequences():
-    def padded(m, x):
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 4, 1, 3, 4]), True, enforce_sorted=False)
+    def padded(m, given):
+        packed = nn.utils.rnn.pack_padded_sequence(*given, batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(m.gru(packed)[0], True)[0]
 
-    return Apply(padded, gru=nn.GRU(3, 4, batch_first=True)), images(4, 3)
+    return Apply(padded, gru=nn.GRU(3, 4, batch_first=True)), (images(4, 3), torch.tensor([2, 4, 1, 3, 4]))
 
 
 @entry
