@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
 
-from steep.per_example.parts import CHUNK, Part, height
+from steep.per_example.parts import CHUNK, Part, Sliced, height
 
 COLUMNS = 2**22
 """Elements of whole columns that are put together at a time, from rows that must be computed again for each."""
@@ -47,6 +47,11 @@ class Blocks(Part):
                 gram[columns.start : columns.stop, rows.start : rows.stop] = products.T
         return gram
 
+    def cross(self, other: Blocks) -> Tensor:
+        return torch.cat(
+            [torch.cat([left @ right.T for _, right in other._matrices()], 1) for _, left in self._matrices()]
+        )
+
     def squares(self) -> Tensor:
         return torch.cat([j.square().sum(1) for _, j in self._matrices()])
 
@@ -73,15 +78,24 @@ class Blocks(Part):
         return tuple(t.to(p.dtype).view(p.shape) for t, p in zip(flat, self.params, strict=True))
 
     def masked(self, masks: Sequence[Tensor]) -> Blocks:
-        return replace(self, masks=masks)
+        old = self.masks or [torch.ones_like(mask) for mask in masks]
+        return replace(self, masks=[mask * o.to(mask) for mask, o in zip(masks, old, strict=True)])
+
+    def split(self) -> Sequence[Sliced]:
+        return [OfBlocks(self, k) for k in range(len(self.params))]
 
     def _matrices(self, before: int | None = None) -> Iterator[tuple[range, Tensor]]:
         """Blocks of rows of J in float64, up to an example."""
+        for examples, kept in self.blocks(before):
+            yield examples, torch.cat([t.flatten(1) for t in kept], 1).double()
+
+    def blocks(self, before: int | None = None) -> Iterator[tuple[range, list[Tensor]]]:
+        """Gradients of some examples at a time, up to one, (n, rows, elements of a row) for each parameter."""
         end = self.batch if before is None else before
         step = max(1, CHUNK // sum(p.numel() for p in self.params))
         for start in range(0, end, step):
             examples = range(start, min(start + step, end))
-            yield examples, torch.cat([t.flatten(1) for t in self._kept(self.block(examples), 1)], 1).double()
+            yield examples, self._kept(self.block(examples), 1)
 
     def _kept(self, tensors: Sequence[Tensor], lead: int) -> list[Tensor]:
         """Tensors (..., *shape) as (..., rows, elements of a row), with the masked rows set to zero."""
@@ -89,6 +103,29 @@ class Blocks(Part):
         if self.masks is None:
             return shaped
         return [t * mask.to(t)[:, None] for t, mask in zip(shaped, self.masks, strict=True)]
+
+
+class OfBlocks(Sliced):
+    """One parameter of `Blocks`, all of which are computed again for each slice of it."""
+
+    def __init__(self, blocks: Blocks, k: int):
+        self.whole, self.k = blocks, k
+        self.params, self.batch = (blocks.params[k],), blocks.batch
+
+    @property
+    def chunk(self) -> int:
+        return COLUMNS
+
+    def rows(self, rows: slice) -> Tensor:
+        return torch.cat([kept[self.k][:, rows] for _, kept in self.whole.blocks()])
+
+    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
+        return (self.whole.vjp(w)[self.k],)
+
+    def masked(self, masks: Sequence[Tensor]) -> OfBlocks:
+        own = self.params[0]
+        every = [masks[0] if p is own else p.new_ones(height(p)) for p in self.whole.params]
+        return OfBlocks(self.whole.masked(every), self.k)
 
 
 def gradients(

@@ -90,10 +90,10 @@ class Patches(Sliced):
         """The gradients themselves."""
         return Dense(self.params, self.rows(slice(None)))
 
-    def columns(self) -> Iterator[Tensor]:
+    def columns(self, batch: int | None = None) -> Iterator[Tensor]:
         """One offset within the kernel at a time: its inputs are a strided view, and no patch is ever made."""
         d = _by_example(self.grad, self.batch)
-        step = max(1, CHUNK // (self.batch * self.x.shape[1]))
+        step = max(1, CHUNK // ((batch or self.batch) * self.x.shape[1]))
         for offset in product(*map(range, self.geometry.kernel)):
             a = _by_example(self._seen_at(offset), self.batch).mT
             for k in range(0, d.shape[1], step):
@@ -106,10 +106,14 @@ class Patches(Sliced):
         return self.x[(..., *seen)]
 
     def gram(self) -> Tensor:
-        positions = prod(self.positions) * len(self.grad) // self.batch
-        if pairwise_is_cheaper(positions, self.height, self.width, self.batch):
-            return self.outer().gram()
-        return super().gram()
+        return self.outer().gram() if self._pairwise_is_cheaper(self) else super().gram()
+
+    def cross(self, other: Patches) -> Tensor:
+        return self.outer().cross(other.outer()) if self._pairwise_is_cheaper(other) else super().cross(other)
+
+    def _pairwise_is_cheaper(self, other: Patches) -> bool:
+        positions = max(prod(part.positions) * len(part.grad) // part.batch for part in (self, other))
+        return pairwise_is_cheaper(positions, self.height, self.width, min(self.batch, other.batch))
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         weights = w.to(self.grad).repeat_interleave(len(self.grad) // self.batch)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ class Part(ABC):
     """What the engine asks of a part. `B` is the number of examples; weights `w` have shape (B,)."""
 
     params: tuple[Tensor, ...]
+    batch: int
 
     @abstractmethod
     def gram(self) -> Tensor:
         """Inner products of the per-example gradients, (B, B), float64."""
+
+    @abstractmethod
+    def cross(self, other: Any) -> Tensor:
+        """Inner products with the gradients of another part of the same kind and parameters, (B, B'), float64."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -48,9 +54,9 @@ class Part(ABC):
     def masked(self, masks: Sequence[Tensor]) -> Part:
         """The same part with rows set to zero; one 0/1 vector per parameter."""
 
-    def split(self) -> Sequence[Part]:
-        """Parts of one parameter each, where that is possible."""
-        return (self,)
+    @abstractmethod
+    def split(self) -> Sequence[Sliced]:
+        """Parts of one parameter each."""
 
 
 def height(p: Tensor) -> int:
@@ -63,8 +69,6 @@ class Sliced(Part):
 
     A closed form of one's own needs only `params`, `batch`, `rows` and `masked`.
     """
-
-    batch: int
 
     @abstractmethod
     def rows(self, rows: slice) -> Tensor:
@@ -82,13 +86,22 @@ class Sliced(Part):
     def width(self) -> int:
         return self.params[0].numel() // height(self.params[0])
 
-    def slices(self) -> Iterator[slice]:
-        step = max(1, CHUNK // (self.batch * self.width))
+    @property
+    def chunk(self) -> int:
+        """Elements of a slice."""
+        return CHUNK
+
+    def slices(self, batch: int | None = None) -> Iterator[slice]:
+        """Slices of the parameter's rows, short enough for a `batch` other than the own."""
+        step = max(1, self.chunk // ((batch or self.batch) * self.width))
         return (slice(start, min(start + step, self.height)) for start in range(0, self.height, step))
 
-    def columns(self) -> Iterator[Tensor]:
-        """All columns of J, some at a time and in any order, (B, n); none is wider than the first."""
-        return (self.rows(rows).flatten(1) for rows in self.slices())
+    def columns(self, batch: int | None = None) -> Iterator[Tensor]:
+        """All columns of J, some at a time and in any order, (B, n); none is wider than the first.
+
+        Of two parts of one kind and parameter, the pieces for the same `batch` are the same columns.
+        """
+        return (self.rows(rows).flatten(1) for rows in self.slices(batch))
 
     def gram(self) -> Tensor:
         total, buffer = self._zeros(self.batch, self.batch), None
@@ -96,6 +109,12 @@ class Sliced(Part):
             buffer = torch.empty_like(j, dtype=torch.float64) if buffer is None else buffer  # fresh memory is slow
             wide = buffer[:, : j.shape[1]].copy_(j)
             total.addmm_(wide, wide.T)
+        return total
+
+    def cross(self, other: Any) -> Tensor:
+        batch, total = max(self.batch, other.batch), self._zeros(self.batch, other.batch)
+        for left, right in zip(self.columns(batch), other.columns(batch), strict=True):
+            total.addmm_(left.double(), right.double().T)
         return total
 
     def squares(self) -> Tensor:
@@ -113,6 +132,9 @@ class Sliced(Part):
 
     def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         return (torch.cat([f(self.rows(rows).flatten(1)) for rows in self.slices()]).view(self.params[0].shape),)
+
+    def split(self) -> Sequence[Sliced]:
+        return (self,)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.params[0].device)
@@ -166,22 +188,38 @@ class Outer(Sliced):
         return self.d[:, :, rows].mT @ self.a
 
     def gram(self) -> Tensor:
-        if pairwise_is_cheaper(self.positions, self.height, self.width, self.batch):
-            return self._pairwise()
+        if self._pairwise_is_cheaper(self):
+            return self._pairwise(self)
         if self.has_bias:
             return sum(part.gram() for part in self.split())  # type: ignore[return-value]
-        # transposing leaves inner products as they are; fewer, longer slices copy less
-        return Outer(self.params, self.a, self.d).gram() if self.width > self.height else super().gram()
+        return super().gram() if self.height >= self.width else self._transposed().gram()
 
-    def _pairwise(self) -> Tensor:
+    def cross(self, other: Outer) -> Tensor:
+        if self._pairwise_is_cheaper(other):
+            return self._pairwise(other)
+        if self.has_bias:
+            return sum(mine.cross(its) for mine, its in zip(self.split(), other.split(), strict=True))  # type: ignore[return-value]
+        return super().cross(other) if self.height >= self.width else self._transposed().cross(other._transposed())
+
+    def _transposed(self) -> Outer:
+        """Transposing leaves inner products as they are; fewer, longer slices copy less."""
+        return Outer(self.params, self.a, self.d)
+
+    def _pairwise_is_cheaper(self, other: Outer) -> bool:
+        positions, batch = max(self.positions, other.positions), min(self.batch, other.batch)
+        return pairwise_is_cheaper(positions, self.height, self.width, batch)
+
+    def _pairwise(self, other: Outer) -> Tensor:
         """``(A A^T + 1) * (D D^T)`` over pairs of positions, summed over each pair of examples."""
-        step = max(1, CHUNK // (self.positions**2 * self.batch))
-        return torch.cat([self._pairs(slice(k, k + step)) for k in range(0, self.batch, step)])
+        step = max(1, CHUNK // (self.positions * other.positions * other.batch))
+        return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, self.batch, step)])
 
-    def _pairs(self, left: slice) -> Tensor:
-        pairs = _kernel(self.a, left)
-        pairs = (pairs.add_(1) if self.has_bias else pairs).mul_(_kernel(self.d, left))
-        return pairs if self.positions == 1 else pairs.view(-1, self.positions, self.batch, self.positions).sum((1, 3))
+    def _pairs(self, chosen: slice, other: Outer) -> Tensor:
+        pairs = _kernel(self.a, other.a, chosen)
+        pairs = (pairs.add_(1) if self.has_bias else pairs).mul_(_kernel(self.d, other.d, chosen))
+        if self.positions == other.positions == 1:
+            return pairs
+        return pairs.view(-1, self.positions, other.batch, other.positions).sum((1, 3))
 
     def squares(self) -> Tensor:
         if self.positions > 1:
@@ -205,7 +243,7 @@ class Outer(Sliced):
     def masked(self, masks: Sequence[Tensor]) -> Outer:
         return replace(self, d=self.d * masks[0].to(self.d))
 
-    def split(self) -> Sequence[Part]:
+    def split(self) -> Sequence[Sliced]:
         return (replace(self, params=self.params[:1]), self._bias()) if self.has_bias else (self,)
 
     def _bias(self) -> Dense:
@@ -217,10 +255,11 @@ def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int) -
     return positions**2 * (outputs + inputs) < outputs * inputs * (1 + positions / batch)
 
 
-def _kernel(t: Tensor, left: slice) -> Tensor:
-    """Inner products of the positions (B, T, n) of some examples with those of all."""
-    doubled = t.double()
-    return doubled[left].flatten(0, 1) @ doubled.flatten(0, 1).T
+def _kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
+    """Inner products of the positions (B, T, n) of some examples of `left` with those of all of `right`."""
+    here = left.double()
+    there = here if right is left else right.double()
+    return here[chosen].flatten(0, 1) @ there.flatten(0, 1).T
 
 
 @dataclass
