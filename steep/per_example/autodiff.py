@@ -128,22 +128,37 @@ class OfBlocks(Sliced):
         return OfBlocks(self.whole.masked(every), self.k)
 
 
+Found = Sequence[Tensor | None]
+
+
 def gradients(
     output: Tensor | GradientEdge, params: Sequence[Tensor], cotangent: Tensor, *, batched: bool
 ) -> list[Tensor]:
     """`torch.autograd.grad` with zeros for unused parameters; `batched`: for each entry of `cotangent`."""
     if not batched:
-        found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
+        found: Found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+    found = for_each(output, params, cotangent)
+    return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
+
+
+def for_each(output: Tensor | GradientEdge, inputs: Sequence[Tensor | GradientEdge], cotangents: Tensor) -> Found:
+    """`torch.autograd.grad` for each of the cotangents, together if it can be; `None` for what is not reached."""
     try:
         with unbatched_operations_allowed():
-            found = torch.autograd.grad(
-                output, params, cotangent, retain_graph=True, allow_unused=True, is_grads_batched=True
+            return torch.autograd.grad(
+                output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
-        return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
     except RuntimeError:  # an operation that vmap cannot batch
-        singles = [gradients(output, params, one, batched=False) for one in cotangent]
-        return [torch.stack(one) for one in zip(*singles, strict=True)]
+        singles = [torch.autograd.grad(output, inputs, one, retain_graph=True, allow_unused=True) for one in cotangents]
+        every = [filled(one) for one in zip(*singles, strict=True)]
+        return [torch.stack(one) if one else None for one in every]
+
+
+def filled(found: Found) -> list[Tensor]:
+    """Gradients of one input, with zeros where it was not reached; none at all if it never was."""
+    some = next((g for g in found if g is not None), None)
+    return [] if some is None else [torch.zeros_like(some) if g is None else g for g in found]
 
 
 @contextmanager
@@ -155,7 +170,8 @@ def unbatched_operations_allowed() -> Iterator[None]:
 
 
 def through_losses(losses: Tensor, params: tuple[Tensor, ...]) -> Blocks:
-    """Parameters used in any way at all: as many backwards through the losses as there are examples."""
+    """Parameters used in any way at all: as many backwards through the losses as there are of them."""
+    losses = losses.flatten()
 
     def block(examples: range) -> Sequence[Tensor]:
         one_hot = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[examples.start : examples.stop]
@@ -169,7 +185,7 @@ def through_broadcast(edge: GradientEdge, params: tuple[Tensor, ...], grad: Tens
 
     Args:
         edge: where the value was computed.
-        grad: gradient of each example's own copy of it, (B, *shape of the value).
+        grad: gradient of each row's own copy of it, (B, *shape of the value).
     """
 
     def block(examples: range) -> Sequence[Tensor]:
@@ -181,15 +197,16 @@ def through_broadcast(edge: GradientEdge, params: tuple[Tensor, ...], grad: Tens
     return Blocks(params, len(grad), block, pull)
 
 
-def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
+def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) -> Blocks:
     """A layer without a rule, differentiated one example at a time; `vjp` forbids it to change its buffers.
 
     Args:
         inputs: by position or name; tensors whose first dimension is the batch hold one entry per example.
-        grad: gradient of the (first) output.
+        grad: gradients of the (first) output: one for each example, or several one after the other.
+        batch: number of examples.
     """
     params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-    batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == len(grad)}
+    batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
 
     def call(values: dict[str, Tensor], example: dict[Any, Tensor]) -> Tensor:
         given = {k: example[k][None] if k in example else v for k, v in inputs.items()}
@@ -202,8 +219,13 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor) -> Blocks:
 
     def block(examples: range) -> Sequence[Tensor]:
         chosen = slice(examples.start, examples.stop)
+        its = (
+            chosen
+            if batch == len(grad)
+            else torch.arange(chosen.start, chosen.stop, device=grad.device) // (len(grad) // batch)
+        )
         with unbatched_operations_allowed():
-            return vmap(pull)({k: v[chosen] for k, v in batched.items()}, grad[chosen])
+            return vmap(pull)({k: v[its] for k, v in batched.items()}, grad[chosen])
 
     return Blocks(tuple(p for p in layer.parameters() if p.requires_grad), len(grad), block)
 

@@ -7,7 +7,7 @@ and is left to autograd: nothing can be left out unnoticed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from steep.per_example.autodiff import through_broadcast
+from steep.per_example.autodiff import filled, for_each, through_broadcast
+from steep.per_example.columns import interleave
 from steep.per_example.parts import Part
 from steep.per_example.recording import Call
 
@@ -34,11 +35,15 @@ class Broadcast:
     parts: list[Part] = field(default_factory=list)
 
     def receive(self, grads: tuple[Tensor, ...]) -> None:
-        (grad,) = grads
+        self.parts = self.parts_of(grads, len(grads[0]))
+
+    def parts_of(self, grads: Sequence[Tensor], batch: int, last: bool = True) -> list[Part]:
+        """The part of its parameters, from the gradients of the operation for each of the losses of an example."""
+        grad = interleave(grads, batch)
         shape = (1,) * (grad.ndim - len(self.shape)) + tuple(self.shape)
         summed = [k for k in range(1, grad.ndim) if shape[k] == 1 and grad.shape[k] > 1]
         own = (grad.sum(summed) if summed else grad).reshape(len(grad), *self.shape)
-        self.parts = [through_broadcast(self.edge, self.params, own)]
+        return [through_broadcast(self.edge, self.params, own)]
 
 
 @dataclass
@@ -46,13 +51,14 @@ class Trace:
     """What the walk found.
 
     Args:
-        calls, broadcasts: where parts will come from.
+        calls, broadcasts: where parts will come from, at these `edges`.
         leaves: leaves used outside of them.
         ends: edges where the walk ended otherwise; with the leaves, all that a backward must reach.
     """
 
     calls: list[Call] = field(default_factory=list)
     broadcasts: list[Broadcast] = field(default_factory=list)
+    edges: dict[Call | Broadcast, GradientEdge] = field(default_factory=dict)
     leaves: dict[Any, None] = field(default_factory=dict)
     ends: list[GradientEdge] = field(default_factory=list)
 
@@ -77,9 +83,12 @@ class Trace:
         """One backward with respect to activations; no path to its ends needs a weight gradient.
 
         Args:
+            losses: (B,), or (B, R) for a backward of all columns together.
             keep: the graph, for further backwards.
             last: no other rows will be made from these records.
         """
+        if losses.ndim == 2:
+            return self._collect_columns(losses, keep, last)
         for call in self.calls:
             call.batch, call.last = len(losses), last
         hooks = [broadcast.node.register_prehook(broadcast.receive) for broadcast in self.broadcasts]
@@ -92,6 +101,20 @@ class Trace:
                 call.batch, call.parts = None, []
             for hook in hooks:
                 hook.remove()
+
+    def _collect_columns(self, losses: Tensor, keep: bool, last: bool) -> list[Part]:
+        """The backward of the last column may let go of the graph, which the others need as a whole."""
+        edges, (batch, columns) = [self.edges[tap] for tap in self.taps], losses.shape
+        if not edges:
+            return []
+        one_hot = torch.eye(columns, dtype=losses.dtype, device=losses.device)[:, None].expand(-1, batch, -1)
+        most = for_each(losses, edges, one_hot[:-1]) if columns > 1 else [None] * len(edges)
+        final = torch.autograd.grad(losses, edges, one_hot[-1], retain_graph=keep, allow_unused=True)
+        parts: list[Part] = []
+        for tap, many, one in zip(self.taps, most, final, strict=True):
+            grads = filled([*([None] * (columns - 1) if many is None else many), one])
+            parts += tap.parts_of(grads, batch, last) if grads else []
+        return parts
 
 
 def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: dict[Tensor, str]) -> Trace:
@@ -115,6 +138,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
         call = node.metadata.get(key)
         if call is not None and accepts(call):
             found.calls.append(call)
+            found.edges[call] = GradientEdge(node, call.output_nr)
             todo += call.upstream
             found.ends += [] if call.upstream else [GradientEdge(node, call.output_nr)]
             continue
@@ -124,6 +148,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
                 todo.append(edge[0])
             else:
                 found.broadcasts.append(broadcast)
+                found.edges[broadcast] = GradientEdge(node, 0)
                 found.ends.append(broadcast.edge)
     return found
 

@@ -165,7 +165,7 @@ class Outer(Sliced):
     Args:
         params: ``(weight,)`` or ``(weight, bias)``.
         d: gradients of the outputs, (B, T, o).
-        a: inputs, (B, T, i).
+        a: inputs, (B, T, i); or fewer, (B / R, T, i), of which each belongs to R consecutive rows.
     """
 
     params: tuple[Tensor, ...]
@@ -173,8 +173,13 @@ class Outer(Sliced):
     a: Tensor
 
     def __post_init__(self) -> None:
-        self.batch, self.positions, self.outputs = self.d.shape
+        self.batch, (self.positions, self.outputs) = max(len(self.d), len(self.a)), self.d.shape[1:]
         self.has_bias = len(self.params) == 2
+
+    @property
+    def share(self) -> int:
+        """R, the number of rows that share their inputs."""
+        return self.batch // len(self.a)
 
     @property
     def height(self) -> int:
@@ -185,7 +190,7 @@ class Outer(Sliced):
         return self.a.shape[2]
 
     def rows(self, rows: slice) -> Tensor:
-        return self.d[:, :, rows].mT @ self.a
+        return matmul(self.d[:, :, rows].mT, self.a)
 
     def gram(self) -> Tensor:
         if self._pairwise_is_cheaper(self):
@@ -207,16 +212,22 @@ class Outer(Sliced):
 
     def _pairwise_is_cheaper(self, other: Outer) -> bool:
         positions, batch = max(self.positions, other.positions), min(self.batch, other.batch)
-        return pairwise_is_cheaper(positions, self.height, self.width, batch)
+        return pairwise_is_cheaper(positions, self.height, self.width, batch, self.share * other.share)
 
     def _pairwise(self, other: Outer) -> Tensor:
         """``(A A^T + 1) * (D D^T)`` over pairs of positions, summed over each pair of examples."""
-        step = max(1, CHUNK // (self.positions * other.positions * other.batch))
-        return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, self.batch, step)])
+        step = max(1, CHUNK // (self.share * self.positions * other.positions * other.batch))
+        return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, len(self.a), step)])
 
     def _pairs(self, chosen: slice, other: Outer) -> Tensor:
-        pairs = _kernel(self.a, other.a, chosen)
-        pairs = (pairs.add_(1) if self.has_bias else pairs).mul_(_kernel(self.d, other.d, chosen))
+        inputs = _kernel(self.a, other.a, chosen)
+        inputs = inputs.add_(1) if self.has_bias else inputs
+        pairs = _kernel(self.d, other.d, slice(chosen.start * self.share, chosen.stop * self.share))
+        if self.share * other.share == 1:
+            pairs.mul_(inputs)
+        else:
+            apart = (len(self.a[chosen]), self.share, self.positions, len(other.a), other.share, other.positions)
+            pairs.view(apart).mul_(inputs.view(apart[0], 1, apart[2], apart[3], 1, apart[5]))
         if self.positions == other.positions == 1:
             return pairs
         return pairs.view(-1, self.positions, other.batch, other.positions).sum((1, 3))
@@ -225,16 +236,18 @@ class Outer(Sliced):
         if self.positions > 1:
             return super().squares() + (self._bias().squares() if self.has_bias else 0)
         a, d = (t.double().square().sum((1, 2)) for t in (self.a, self.d))
-        return (a + self.has_bias) * d
+        return ((a + self.has_bias)[:, None] * d.view(len(a), -1)).flatten()
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        d = (self.d * w.to(self.d)[:, None, None]).flatten(0, 1)
+        d = self.d * w.to(self.d)[:, None, None]
+        d = (d if self.share == 1 else d.unflatten(0, (len(self.a), -1)).sum(1)).flatten(0, 1)
         weight = (d.T @ self.a.flatten(0, 1)).view(self.params[0].shape)
         return (weight, d.sum(0)) if self.has_bias else (weight,)
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         moved = self.a @ v[0].flatten(1).T
-        return ((moved + v[1] if self.has_bias else moved) * self.d).sum((1, 2)).double()
+        moved = moved + v[1] if self.has_bias else moved
+        return (moved[:, None] * self.d.unflatten(0, (len(self.a), -1))).sum((2, 3)).flatten().double()
 
     def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         weight = super().columnwise(f)
@@ -250,9 +263,23 @@ class Outer(Sliced):
         return Dense((self.params[1],), self.d.sum(1))
 
 
-def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int) -> bool:
-    """Whether products of all pairs of positions take fewer operations than the gradients, and their products."""
-    return positions**2 * (outputs + inputs) < outputs * inputs * (1 + positions / batch)
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products (B, m, t) by (B, t, n), where each of the shorter one belongs to several of the other."""
+    if len(left) == len(right):
+        return left @ right
+    if len(left) < len(right):
+        return matmul(right.mT, left.mT).mT
+    few = left.reshape(len(right), -1, left.shape[2]) @ right
+    return few.view(*left.shape[:2], -1)
+
+
+def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int, share: int = 1) -> bool:
+    """Whether products of all pairs of positions take fewer operations than the gradients, and their products.
+
+    Args:
+        share: number of pairs of rows that share the inner product of their inputs.
+    """
+    return positions**2 * (outputs + inputs / share) < outputs * inputs * (1 + positions / batch)
 
 
 def _kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
@@ -260,36 +287,3 @@ def _kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
     here = left.double()
     there = here if right is left else right.double()
     return here[chosen].flatten(0, 1) @ there.flatten(0, 1).T
-
-
-@dataclass
-class Uses(Sliced):
-    """One parameter used several times (tied or reused): the uses' gradients are summed before anything is squared."""
-
-    params: tuple[Tensor, ...]
-    uses: Sequence[Sliced]
-
-    def __post_init__(self) -> None:
-        self.batch = self.uses[0].batch
-
-    def rows(self, rows: slice) -> Tensor:
-        return torch.stack([use.rows(rows) for use in self.uses]).sum(0)
-
-    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        return (torch.stack([use.vjp(w)[0] for use in self.uses]).sum(0),)
-
-    def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        return torch.stack([use.jvp(v) for use in self.uses]).sum(0)
-
-    def masked(self, masks: Sequence[Tensor]) -> Uses:
-        return replace(self, uses=[use.masked(masks) for use in self.uses])
-
-
-def combine(uses: Sequence[Sliced]) -> Sliced:
-    """One part for all uses of one parameter; uses of one linear map become more positions of it."""
-    if len(uses) == 1:
-        return uses[0]
-    linear = [use for use in uses if isinstance(use, Outer)]
-    if len(linear) < len(uses):
-        return Uses(uses[0].params[:1], uses)
-    return replace(linear[0], d=torch.cat([u.d for u in linear], 1), a=torch.cat([u.a for u in linear], 1))

@@ -5,7 +5,7 @@ The engine itself keeps nothing between forward and backward: records die with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steep.per_example.autodiff import first, local
+from steep.per_example.columns import interleave, interleaved
 from steep.per_example.layers import Rule, rule_of
 from steep.per_example.parts import Part
 
@@ -57,21 +58,29 @@ class Call:
 
     def receive(self, grad: Tensor) -> None:
         """Tensor hook on the output; asleep unless `batch` says that rows are being collected, for the `last` time."""
-        if self.batch is None:
-            return
+        if self.batch is not None:
+            self.parts = self.parts_of([grad], self.batch, self.last)
+
+    def parts_of(self, grads: Sequence[Tensor], batch: int, last: bool) -> list[Part]:
+        """Parts of the layer, from the gradients of its output for each of the losses of an example."""
         if self.versions != versions(self.inputs):
             raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
-        with torch.no_grad():
-            self.parts = list(self._make_parts(grad.reshape(self.shape), self.batch))
-        if self.last:
-            self.inputs = {}
-
-    def _make_parts(self, grad: Tensor, batch: int) -> Iterable[Part]:
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
         inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
+        with torch.no_grad():
+            parts = list(self._make_parts(inputs, [grad.reshape(self.shape).to(dtype) for grad in grads], batch))
+        if last:
+            self.inputs = {}
+        return parts
+
+    def _make_parts(self, inputs: dict[Any, Any], grads: Sequence[Tensor], batch: int) -> Iterable[Part]:
         if self.rule is None:
-            return [local(self.layer, inputs, grad.to(dtype))]
-        return self.rule.parts(self.layer, next(iter(inputs.values())), grad.to(dtype), batch)
+            return [local(self.layer, inputs, interleave(grads, batch), batch)]
+        x = next(iter(inputs.values()))
+        columns = [self.rule.parts(self.layer, x, grad, batch) for grad in grads]
+        if len(grads) == 1:
+            return columns[0]
+        return [part for pieces in zip(*columns, strict=True) for part in interleaved(pieces[0], pieces)]
 
 
 def _draws(layer: nn.Module) -> bool:

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from steep.per_example.autodiff import through_losses
 from steep.per_example.joined import common, cross, stacked
-from steep.per_example.parts import Part, combine, height
+from steep.per_example.parts import Part, height
+from steep.per_example.uses import combine
 
 
 class Rows:
     """The rows of a Jacobian (B x P): one gradient per example, held in factored form.
+
+    Where the engine was given several losses per example, (B, R), B is the number of all of them here, and row b R + r
+    is that of ``losses[b, r]``: results can be viewed as (B, R), and weights of that shape must be flattened.
 
     Args:
         names: the parameters that train, with their names.
