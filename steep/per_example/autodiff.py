@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.func import functional_call, vjp, vmap
 
-from steep.per_example.parts import CHUNK, Part, Sliced, height
+from steep.per_example.parts import CHUNK, Dense, Part, Sliced, height
 
 COLUMNS = 2**22
 """Elements of whole columns that are put together at a time, from rows that must be computed again for each."""
@@ -84,6 +84,11 @@ class Blocks(Part):
     def split(self) -> Sequence[Sliced]:
         return [OfBlocks(self, k) for k in range(len(self.params))]
 
+    def lasting(self) -> Sequence[Part]:
+        """The gradients written out, (B, p): they cannot be computed again later."""
+        found = zip(*(kept for _, kept in self.blocks()), strict=True)
+        return [Dense((p,), torch.cat(pieces)) for p, pieces in zip(self.params, found, strict=True)]
+
     def _matrices(self, before: int | None = None) -> Iterator[tuple[range, Tensor]]:
         """Blocks of rows of J in float64, up to an example."""
         for examples, kept in self.blocks(before):
@@ -122,6 +127,9 @@ class OfBlocks(Sliced):
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         return (self.whole.vjp(w)[self.k],)
 
+    def lasting(self) -> Sequence[Sliced]:
+        return (Dense(self.params, self.rows(slice(None))),)
+
     def masked(self, masks: Sequence[Tensor]) -> OfBlocks:
         own = self.params[0]
         every = [masks[0] if p is own else p.new_ones(height(p)) for p in self.whole.params]
@@ -142,7 +150,9 @@ def gradients(
     return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
 
 
-def for_each(output: Tensor | GradientEdge, inputs: Sequence[Tensor | GradientEdge], cotangents: Tensor) -> Found:
+def for_each(
+    output: Tensor | GradientEdge, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor
+) -> Found:
     """`torch.autograd.grad` for each of the cotangents, together if it can be; `None` for what is not reached."""
     try:
         with unbatched_operations_allowed():

@@ -35,6 +35,9 @@ class Interleaved(Sliced):
     def masked(self, masks: Sequence[Tensor]) -> Interleaved:
         return Interleaved([column.masked(masks) for column in self.of_outputs])
 
+    def lasting(self) -> Sequence[Sliced]:
+        return [Interleaved([one for column in self.of_outputs for one in column.lasting()])]
+
 
 @singledispatch
 def interleaved(first: Part, columns: Sequence[Any]) -> Sequence[Part]:

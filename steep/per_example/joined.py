@@ -52,6 +52,12 @@ class Joined(Sliced):
     def split(self) -> Sequence[Joined]:
         return [Joined(pieces) for pieces in zip(*(part.split() for part in self.parts), strict=True)]
 
+    def lasting(self) -> Sequence[Joined]:
+        found = [part.lasting() for part in self.parts]
+        if all(len(pieces) == 1 for pieces in found):
+            return [Joined([piece for (piece,) in found])]
+        return [Joined([piece for part in one.parts for piece in part.lasting()]) for one in self.split()]
+
     def _spans(self) -> Iterator[tuple[Part, slice]]:
         start = 0
         for part in self.parts:

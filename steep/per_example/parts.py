@@ -58,6 +58,10 @@ class Part(ABC):
     def split(self) -> Sequence[Sliced]:
         """Parts of one parameter each."""
 
+    @abstractmethod
+    def lasting(self) -> Sequence[Part]:
+        """Parts of the same gradients that remain what they are when the parameters are changed in place."""
+
 
 def height(p: Tensor) -> int:
     """Number of rows of a parameter; a 0-d parameter has one."""
@@ -134,6 +138,9 @@ class Sliced(Part):
         return (torch.cat([f(self.rows(rows).flatten(1)) for rows in self.slices()]).view(self.params[0].shape),)
 
     def split(self) -> Sequence[Sliced]:
+        return (self,)
+
+    def lasting(self) -> Sequence[Sliced]:
         return (self,)
 
     def _zeros(self, *shape: int) -> Tensor:

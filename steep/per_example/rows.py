@@ -37,7 +37,7 @@ class Rows:
         Nothing is copied, and the Gram matrix is made a block of two passes at a time. So a batch that is too large
         for one forward can be given in pieces:
 
-            >>> from steep.backward import Sven
+            >>> from steep.backward.sven import Sven
             >>> model = torch.nn.Linear(3, 1)
             >>> rule, x, y = Sven(model), torch.randn(4, 3), torch.randn(4)
             >>> residuals = [model(part).squeeze(1) - target for part, target in zip(x.split(2), y.split(2))]
@@ -134,6 +134,13 @@ class Rows:
         """Add gradients of one's own making, a tensor per parameter, to ``.grad`` as a backward pass does."""
         with torch.enable_grad():
             _Fill.apply(gradients, *self.params).backward()
+
+    def lasting(self) -> Rows:
+        """The same rows, which a later step of the parameters does not touch: what autograd would compute is computed.
+
+        That takes as many numbers as there are rows, times the parameters of layers without a closed form.
+        """
+        return Rows(self.names, [one for part in self.parts for one in part.lasting()])
 
     def restrict(self, fraction: float, generator: torch.Generator) -> Rows:
         """The same with a random share of each layer's output neurons (and their biases) kept and zeros elsewhere."""

@@ -83,6 +83,19 @@ def test_restricted_rows_have_the_same_columns_as_those_of_one_output(name):
     zoo.same(zoo.flatten(rows.params, part.vjp(w.flatten())), torch.stack(expected).sum(0))
 
 
+@pytest.mark.parametrize("name", ["mlp", "attention", "recurrent", "parameters_outside_layers"])
+def test_lasting_rows_do_not_follow_the_parameters(name):
+    model, x = zoo.build(name)
+    engine = PerExample(model)
+    losses = columns_of(model, x)
+    j = zoo.jacobian(losses, trained(model))
+    rows = engine.rows(losses).lasting()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    zoo.check(rows, j)
+
+
 def test_one_column_is_a_vector():
     model, x = zoo.build("cnn_with_group_norm")
     engine = PerExample(model)

@@ -102,6 +102,21 @@ def test_mean_and_variance_of_the_rows(name):
     zoo.same(zoo.flatten(rows.params, rows.variance(unbiased=False)), j.var(0, correction=0))
 
 
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_lasting_rows_do_not_follow_the_parameters(name):
+    model, x = zoo.build(name)
+    engine = PerExample(model)
+    losses = zoo.losses_of(model, x)
+    j = zoo.jacobian(losses, [p for p in model.parameters() if p.requires_grad])
+    rows = engine.rows(losses)
+    lasting, stacked = rows.lasting(), Rows.stack([rows, rows]).lasting()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    zoo.check(lasting, j)
+    zoo.check(stacked, torch.cat([j, j]))
+
+
 def losses_of(model, x):
     return model(x).square().flatten(1).sum(1)
 
