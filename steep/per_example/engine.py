@@ -85,19 +85,22 @@ class PerExample:
         return _remade, (self.model, self._check, self.independent, self.left_to_autograd)
 
     def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
-        """The rows of the Jacobian of `losses` with respect to the parameters that train, one per example.
+        """The rows of the Jacobian of `losses` with respect to the parameters that train, one per loss.
 
         Args:
-            losses: shape (B,), from a forward pass of the model; each entry depends on its own example only.
+            losses: from a forward pass of the model; each entry depends on its own example only. Shape (B,), or (B, R)
+                for R losses, residuals or outputs of each example: then there are B R rows, and row b R + r is that of
+                ``losses[b, r]``. What the R rows of an example share, such as the inputs of linear layers, is held
+                once, and all R columns take one batched backward where their operations allow it.
             retain_graph: keep the graph for another call, as in `torch.autograd.grad`.
 
         Raises:
-            ValueError: losses that are no vector, or that depend on nothing that trains.
+            ValueError: losses of another shape, or that depend on nothing that trains.
             UnmetNeed: a BatchNorm layer in training mode, another operation that mixes examples, or a segment
                 checkpointed with ``use_reentrant=True``.
             RuntimeError: inputs or parameters of a layer were changed since the forward.
         """
-        _check_vector(losses)
+        _check_losses(losses)
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         found = trace(losses, self._key, lambda call: self._accepts(call, len(losses), names), names)
         self._expect({names[p] for value in found.broadcasts for p in value.params})
@@ -160,11 +163,11 @@ def _refuse_wrappers(model: nn.Module) -> None:
             raise ValueError("DataParallel runs copies of the layers: use DistributedDataParallel, one process per GPU")
 
 
-def _check_vector(losses: Tensor) -> None:
-    if losses.ndim != 1 or len(losses) == 0 or not losses.is_floating_point():
+def _check_losses(losses: Tensor) -> None:
+    if losses.ndim not in (1, 2) or losses.numel() == 0 or not losses.is_floating_point():
         raise ValueError(
-            f"losses must be a floating-point vector with one entry per example, got shape {tuple(losses.shape)} and "
-            f"{losses.dtype}: {NEEDS['losses'].remedy}"
+            "losses must be a floating-point tensor of shape (B,) with one entry per example, or (B, R) with several, "
+            f"got shape {tuple(losses.shape)} and {losses.dtype}: {NEEDS['losses'].remedy}"
         )
     if losses.grad_fn is None:
         raise ValueError(NOTHING_TRAINS)
@@ -188,8 +191,8 @@ def differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
     Args:
         eps: rounding of the types that were computed in.
     """
-    w = torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype, device=losses.device)
-    gradients = torch.autograd.grad(losses, rows.params, w, retain_graph=True, allow_unused=True)
+    w = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device)
+    gradients = torch.autograd.grad(losses, rows.params, w.view_as(losses), retain_graph=True, allow_unused=True)
     expected = {p: torch.zeros_like(p) if g is None else g for p, g in zip(rows.params, gradients, strict=True)}
     total = sum(g.double().square().sum().item() for g in expected.values()) ** 0.5
     if not total < float("inf"):

@@ -5,7 +5,7 @@ The engine itself keeps nothing between forward and backward: records die with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from inspect import Signature, signature
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steep.per_example.autodiff import first, local
+from steep.per_example.columns import interleave, interleaved
 from steep.per_example.layers import Rule, rule_of
 from steep.per_example.parts import Part
 
@@ -68,20 +69,30 @@ class Call:
         """Tensor hook on an output; asleep unless `batch` says that rows are being collected."""
         if self.batch is None or grad is None:
             return
-        self.grads[index] = grad.reshape(self.shapes[index])
+        self.grads[index] = grad
         if len(self.shapes) == 1:
             self.finish()
 
     def finish(self) -> None:
-        """Make the parts and, for the `last` time, let go of the inputs; nothing to do without new gradients."""
-        if self.batch is None or not self.grads:
-            return
+        """Make the parts of the gradients that were received, if there are some."""
+        if self.batch is not None and self.grads:
+            self.parts, self.grads = self.parts_of([self.grads], self.batch, self.last), {}
+
+    def parts_of(self, columns: Sequence[dict[int, Tensor]], batch: int, last: bool) -> list[Part]:
+        """Parts of the layer, from the gradients of its outputs for each of the losses of an example.
+
+        Args:
+            last: no other rows will be made from this record.
+        """
         self._refuse_changes()
+        dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
+        inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
+        given = [{k: grad.reshape(self.shapes[k]).to(dtype) for k, grad in grads.items()} for grads in columns]
         with torch.no_grad():
-            self.parts = list(self._make_parts(self.batch))
-        self.grads = {}
-        if self.last:
+            parts = list(self._make_parts(inputs, given, batch))
+        if last:
             self.inputs = {}
+        return parts
 
     def _refuse_changes(self) -> None:
         inputs, weights = versions(tensors(self.inputs)), versions(self.weights)
@@ -93,16 +104,19 @@ class Call:
                 "step, say): make the rows first"
             )
 
-    def _make_parts(self, batch: int) -> Iterable[Part]:
-        dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
-        inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
-        grads = {k: grad.to(dtype) for k, grad in self.grads.items()}
+    def _make_parts(self, inputs: dict[Any, Any], columns: Sequence[dict[int, Tensor]], batch: int) -> Iterable[Part]:
         if self.rule is None:
-            return [local(self.layer, inputs, grads[0])]
-        if self.rule.whole:
-            outputs = [grads.get(k) for k in range(len(self.shapes))]
-            return self.rule.parts(self.layer, arguments(self.layer, inputs), outputs, batch)
-        return self.rule.parts(self.layer, next(iter(inputs.values())), grads[0], batch)
+            return [local(self.layer, inputs, interleave([grads[0] for grads in columns], batch), batch)]
+        by_column = [self._by_rule(self.rule, inputs, grads, batch) for grads in columns]
+        if len(columns) == 1:
+            return by_column[0]
+        return [part for pieces in zip(*by_column, strict=True) for part in interleaved(pieces[0], pieces)]
+
+    def _by_rule(self, rule: Rule, inputs: dict[Any, Any], grads: dict[int, Tensor], batch: int) -> Iterable[Part]:
+        if not rule.whole:
+            return rule.parts(self.layer, next(iter(inputs.values())), grads[0], batch)
+        outputs = [grads.get(k) for k in range(len(self.shapes))]
+        return rule.parts(self.layer, arguments(self.layer, inputs), outputs, batch)
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -215,7 +229,7 @@ class Recorder(Watcher):
             entry=0 if upstream else self.entrance.length(given),
         )
         for index, tap in enumerate(taps):
-            tap.grad_fn.metadata[self.key] = call, tap.output_nr
+            tap.grad_fn.metadata.setdefault(self.key, (call, {}))[1][tap.output_nr] = index
             tap.register_hook(partial(call.receive, index))
 
 

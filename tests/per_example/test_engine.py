@@ -77,7 +77,8 @@ def test_batch_norm_of_the_data_couples_no_parameters():
     ("losses", "message"),
     [
         (lambda m, x: losses_of(m, x).mean(), r"got shape \(\) .*reduction='none'"),
-        (lambda m, x: m(x), r"got shape \(5, 2\)"),
+        (lambda m, x: m(x)[None], r"got shape \(1, 5, 2\)"),
+        (lambda m, x: m(x)[:, :0], r"got shape \(5, 0\)"),
         (lambda m, x: losses_of(m, x).long(), "torch.int64"),
         (lambda m, x: losses_of(m, x[:0]), r"got shape \(0,\)"),
         (lambda m, x: losses_of(m, x).detach(), "no parameter that trains"),

@@ -14,6 +14,7 @@ from steep.per_example import PerExample, autodiff, convolution, embedding, laye
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(zoo)
+build, jacobian, check = zoo.build, zoo.jacobian, zoo.check
 
 
 @pytest.fixture(autouse=True)
@@ -30,45 +31,6 @@ def tiny_chunks(monkeypatch):
     for module in (parts, layers, convolution, embedding, autodiff):
         monkeypatch.setattr(module, "CHUNK", 60)
     monkeypatch.setattr(autodiff, "COLUMNS", 200)
-
-
-def build(name):
-    def double(t):
-        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-
-    model, x = zoo.ZOO[name]()
-    return model.double(), torch.utils._pytree.tree_map(double, x)
-
-
-def jacobian(losses, params):
-    """One ordinary backward per example."""
-    rows = []
-    for loss in losses:
-        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
-        rows.append(
-            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(params, grads, strict=True)])
-        )
-    return torch.stack(rows)
-
-
-def flatten(params, tensors):
-    return torch.cat(
-        [(torch.zeros_like(p) if t is None else t).flatten() for p, t in zip(params, tensors, strict=True)]
-    )
-
-
-def check(rows, j):
-    w = torch.randn(len(j), dtype=torch.float64)
-    v = [torch.randn_like(p) for p in rows.params]
-    for found, expected in (
-        (rows.gram(), j @ j.T),
-        (rows.norms(), j.norm(dim=1)),
-        (flatten(rows.params, rows.vjp(w)), w @ j),
-        (rows.jvp(v), j @ flatten(rows.params, v)),
-        (flatten(rows.params, rows.columnwise(lambda columns: columns.amax(0))), j.amax(0)),
-    ):
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

@@ -1,4 +1,4 @@
-"""Small architectures with everything that per-example gradients can trip over; for `test_zoo.py`."""
+"""Small architectures with everything that per-example gradients can trip over, and the naive way to their rows."""
 
 from __future__ import annotations
 
@@ -751,3 +751,47 @@ def input_that_needs_a_gradient():
     return Apply(
         lambda m, x: m.net(2 * x.clone().requires_grad_()), net=nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
     ), images(3)
+
+
+# ---- rows by a loop over the losses
+
+
+def build(name):
+    """The model and its input, in float64."""
+
+    def double(t):
+        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+
+    model, x = ZOO[name]()
+    return model.double(), torch.utils._pytree.tree_map(double, x)
+
+
+def jacobian(losses, params):
+    """One ordinary backward per loss, in the order of the memory; (number of losses, P)."""
+    rows = []
+    for loss in losses.flatten():
+        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        rows.append(flatten(params, grads))
+    return torch.stack(rows)
+
+
+def flatten(params, tensors):
+    return torch.cat(
+        [(torch.zeros_like(p) if t is None else t).flatten() for p, t in zip(params, tensors, strict=True)]
+    )
+
+
+def check(rows, j):
+    """Compare all that can be asked of rows with the matrix."""
+    w = torch.randn(len(j), dtype=torch.float64)
+    v = [torch.randn_like(p) for p in rows.params]
+    same(rows.gram(), j @ j.T)
+    same(rows.norms(), j.norm(dim=1))
+    same(flatten(rows.params, rows.vjp(w)), w @ j)
+    same(rows.jvp(v), j @ flatten(rows.params, v))
+    same(flatten(rows.params, rows.columnwise(lambda columns: columns.amax(0))), j.amax(0))
+
+
+def same(found, expected):
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * expected.abs().max().item())
