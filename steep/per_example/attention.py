@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.per_example.layers import affine, closed_form, trains
+from steep.per_example.layers import affine, closed_form, rule_of, trains
 from steep.per_example.parts import Dense, Part
 
 
 def _covers(layer: nn.MultiheadAttention) -> bool:
-    plain = type(layer.out_proj).forward is nn.Linear.forward and not layer.out_proj._modules
-    return plain and layer.bias_k is None and not layer.add_zero_attn
+    own = all(f"{name}_proj_weight" in layer._parameters for name in ("in", "q", "k", "v"))  # not computed by a hook
+    return own and rule_of(layer.out_proj) is not None and layer.bias_k is None and not layer.add_zero_attn
 
 
 @closed_form(

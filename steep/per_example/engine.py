@@ -77,7 +77,7 @@ class PerExample:
                 layer.register_forward_hook(Recorder(name, self._key, entrance), with_kwargs=True)
                 for name, layer in recorded_layers(model)
             ),
-            model.register_forward_hook(entrance, with_kwargs=True),
+            model.register_forward_hook(entrance, with_kwargs=True),  # after that of a model that is a layer itself
         ]
         self.remove = weakref.finalize(self, _remove_all, handles)
 

@@ -55,6 +55,7 @@ def test_rows_do_not_depend_on_the_chunk(name, tiny_chunks):
 NEED_THE_CHECK = {
     "time_first_linear_with_as_many_positions_as_examples",
     "lstm_with_projected_states",
+    "recurrence_with_computed_weights",
     "bag_scaled_by_frequency",
     "layer_with_a_buffer_that_it_changes",
 }

@@ -201,6 +201,12 @@ def embedding_of_rare_tokens():
 
 
 @entry
+def embedding_that_shortens_its_vectors():
+    embedding = nn.Embedding(7, 4, max_norm=1.0)
+    return Apply(lambda m, x: m.embedding(x) * m.embedding(x.flip(1)), embedding=embedding), tokens(7, 3)
+
+
+@entry
 def embedding_scaled_by_frequency():
     return nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 2)), tokens(7, 2)
 
@@ -420,6 +426,22 @@ def attention_frozen_in_part():
     attention.in_proj_weight.requires_grad_(False)
     attention.out_proj.bias.requires_grad_(False)
     return Apply(lambda m, x: m.attention(x, x, x)[0], attention=attention), images(4, 8)
+
+
+@entry
+def attention_with_computed_weights():
+    a, b = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+    nn.utils.weight_norm(a, "in_proj_weight")
+    weight_norm(b.out_proj)
+    return Apply(lambda m, x: m.b(*3 * (m.a(x, x, x)[0],))[0], a=a, b=b), images(3, 8)
+
+
+@entry
+def recurrence_with_computed_weights():
+    a, b = nn.GRU(3, 4, batch_first=True), nn.RNN(4, 4, batch_first=True)
+    nn.utils.weight_norm(a, "weight_hh_l0")
+    weight_norm(b, "weight_hh_l0")
+    return Apply(lambda m, x: m.b(m.a(x)[0])[0], a=a, b=b), images(3, 3)
 
 
 @entry
