@@ -1,4 +1,4 @@
-"""A loss of B examples as B conditions r = 0: what the rules that solve for all of them at once have in common."""
+"""Losses as conditions r = 0, one or several per example: what rules that solve for all of them have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from steep.needs import NEEDS
 
 
 def conditions(v: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
-    """Conditions ``r = sign(v) |v|^(kappa/2)`` from residuals or losses `v`, and ``dr/dv``; shapes (B,)."""
+    """Conditions ``r = sign(v) |v|^(kappa/2)`` from residuals or losses `v`, and ``dr/dv``; in its shape."""
     slopes = kappa / 2 * v.abs() ** (kappa / 2 - 1)
     slopes.nan_to_num_(nan=torch.nan, posinf=0.0)  # kappa < 2: a condition that is met exactly is left alone
     return v.sign() * v.abs() ** (kappa / 2), slopes
@@ -27,7 +27,10 @@ def shifted_solve(gram: Tensor, r: Tensor, shift: float) -> Tensor:
     return r * torch.nan if failed else torch.cholesky_solve(r[:, None], factor)[:, 0]
 
 
-def check_vector(rule: str, losses: Tensor) -> None:
-    """Refuse a loss that was reduced too early."""
+def check_vector(rule: str, losses: Tensor, *, outputs: bool = False) -> None:
+    """Refuse a loss that was reduced too early, or not enough: (B, R) is for rules that tell the `outputs` apart."""
     if losses.ndim == 0:
         raise ValueError(f"{rule} needs one loss per example, but got a scalar: {NEEDS['losses'].remedy}")
+    if losses.ndim > 1 + outputs:
+        shapes = "(B,) or (B, R)" if outputs else "(B,)"
+        raise ValueError(f"{rule} needs losses of shape {shapes}, got {tuple(losses.shape)}")

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -36,8 +36,7 @@ from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector
 from steep.card import Card, Choice, Paper, uniform
-from steep.per_example import Part, PerExample, Rows
-from steep.per_example.parts import height
+from steep.per_example import PerExample, Rows
 from steep.scoring import evaluating
 from steep.validation import check_ranges, require
 
@@ -206,11 +205,12 @@ def m_coherence(
     with evaluating(model), torch.enable_grad():
         for batch in batches:
             each = losses(model, batch)
+            check_vector("m_coherence", each)
             rows = engine.rows(each)
             found = _named(rows, rows.vjp(torch.ones_like(each)))
             sums |= {name: sums.get(name, 0) + g.double() for name, g in found.items()}
-            for layer, square in _squares(rows):
-                squares[layer] += square
+            for layer, share in rows.per_layer().items():
+                squares[layer] += share.norms().square().sum().item()
     engine.remove()
     require("number of batches", len(squares), len(squares) > 0, "positive")
     together = defaultdict[str, float](float)
@@ -227,20 +227,6 @@ def layer_of(name: str) -> str:
 
 def _ratio(together: float, squares: float) -> float:
     return together / squares if squares > torch.finfo(torch.float32).tiny else float("nan")
-
-
-def _squares(rows: Rows) -> Iterator[tuple[str, float]]:
-    """Summed squares of the gradients of each layer that a part holds parameters of."""
-    for part in rows.parts:
-        layers = {p: layer_of(rows.names[p]) for p in part.params}
-        for layer in dict.fromkeys(layers.values()):
-            one = part if len({*layers.values()}) == 1 else _only(part, {p for p in layers if layers[p] == layer})
-            yield layer, one.squares().sum().item()
-
-
-def _only(part: Part, params: set[Tensor]) -> Part:
-    """The part with the gradients of other parameters set to zero."""
-    return part.masked([torch.full((height(p),), float(p in params), device=p.device) for p in part.params])
 
 
 card = Card(

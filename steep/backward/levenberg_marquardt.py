@@ -58,7 +58,7 @@ class LevenbergMarquardt:
         gain: of the last step judged, or `None`.
 
     Raises:
-        ValueError: arguments out of range; losses that are no vector; `adapt` > 1 without a closure.
+        ValueError: arguments out of range; losses of another shape; `adapt` > 1 without a closure.
         RuntimeError: the step before was never judged.
 
     Papers: doi 10.1137/0111030, arXiv 1906.02353.
@@ -92,15 +92,16 @@ class LevenbergMarquardt:
         """Add the step to ``.grad``.
 
         Args:
-            losses: residuals or losses of the examples, shape (B,).
+            losses: residuals or losses of the examples, shape (B,); or (B, R), R conditions for each of them.
             scale: multiplies the gradient.
             closure: computes `losses` again, at the parameters of that time.
         """
-        check_vector("LevenbergMarquardt", losses)
+        check_vector("LevenbergMarquardt", losses, outputs=True)
         if self._pending is not None and self._pending.made():
             raise RuntimeError("the step before was not judged: call rule.step() after optimizer.step(), or adapt=1")
         rows = self.engine.rows(losses)
-        r, slopes = conditions(losses.detach().double(), self.kappa)
+        rows = rows.lasting() if self.adapt > 1 else rows
+        r, slopes = conditions(losses.detach().double().flatten(), self.kappa)
         w = damped_solve(rows.gram() * slopes * slopes[:, None], r, self.damping)
         rows.backward(w * slopes * scale)
         self._pending = _Step(rows, r, slopes, self._again(closure)) if self.adapt > 1 else None
@@ -110,7 +111,7 @@ class LevenbergMarquardt:
             raise ValueError(
                 f"adapt={self.adapt} needs the losses again: rule(losses, closure=lambda: ...), or adapt=1"
             )
-        return lambda: conditions(closure().double(), self.kappa)[0]
+        return lambda: conditions(closure().double().flatten(), self.kappa)[0]
 
     def step(self) -> None:
         """Move the damping by how well the optimizer's step did; call it after the optimizer."""

@@ -47,7 +47,7 @@ class Spring:
         constraint: largest squared length of the direction, > 0; `None` for no bound.
 
     Raises:
-        ValueError: arguments out of range; losses that are no vector.
+        ValueError: arguments out of range; losses of another shape.
 
     Paper: arXiv 2401.10190.
 
@@ -81,12 +81,12 @@ class Spring:
         """Add the direction to ``.grad``.
 
         Args:
-            losses: residuals or losses of the examples, shape (B,).
+            losses: residuals or losses of the examples, shape (B,); or (B, R), R conditions for each of them.
             scale: multiplies the gradient.
         """
-        check_vector("Spring", losses)
-        rows, size = self.engine.rows(losses), len(losses)
-        r, slopes = conditions(losses.detach().double(), self.kappa)
+        check_vector("Spring", losses, outputs=True)
+        rows, size = self.engine.rows(losses), losses.numel()
+        r, slopes = conditions(losses.detach().double().flatten(), self.kappa)
         kept = [self.momentum * self.direction.get(name, torch.zeros_like(p)) for p, name in rows.names.items()]
         gram = rows.gram() * slopes * slopes[:, None] / size
         w = shifted_solve(gram, r - slopes * rows.jvp(kept), self.damping) / size

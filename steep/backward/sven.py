@@ -73,7 +73,7 @@ class Sven:
         kept_rank: singular values kept at the last step. 0: the given numbers do not depend on the parameters.
 
     Raises:
-        ValueError: arguments out of range; losses that are no vector, or not divisible by `micro_batch`.
+        ValueError: arguments out of range; losses of another shape, or not divisible by `micro_batch`.
 
     Paper: arXiv 2604.01279.
 
@@ -119,7 +119,7 @@ class Sven:
         """Add the step to ``.grad``.
 
         Args:
-            losses: residuals or losses of the examples, shape (B,).
+            losses: residuals or losses of the examples, shape (B,); or (B, R), R conditions for each of them.
             scale: multiplies the gradient.
         """
         _check_divides(self.micro_batch, losses)
@@ -128,10 +128,16 @@ class Sven:
             rows = rows.restrict(self.param_fraction, self.generator)
         means = self._grouped(losses.detach().double()) / self.micro_batch
         residuals, slopes = conditions(means, self.kappa)
-        weights = slopes.repeat_interleave(self.micro_batch) / self.micro_batch
-        gram = self._grouped(self._grouped(rows.gram() * weights * weights[:, None]).T)
-        w = self.solve(gram, residuals).repeat_interleave(self.micro_batch) * weights
+        weights = self._spread(slopes) / self.micro_batch
+        gram = rows.gram() * weights * weights[:, None]
+        for _ in range(2):
+            gram = self._grouped(gram.reshape(*losses.shape, -1)).flatten(0, -2).T
+        w = self._spread(self.solve(gram, residuals.flatten()).view_as(residuals)) * weights
         rows.backward(w * scale)
+
+    def _spread(self, t: Tensor) -> Tensor:
+        """What belongs to groups, for each of the engine's rows."""
+        return t.repeat_interleave(self.micro_batch, 0).flatten()
 
     def _grouped(self, t: Tensor) -> Tensor:
         """Sums over groups of `micro_batch` consecutive entries of the first dimension."""
@@ -204,7 +210,7 @@ def _check_solver(solver: str, rank: int | None) -> None:
 
 
 def _check_divides(micro_batch: int, losses: Tensor) -> None:
-    check_vector("Sven", losses)
+    check_vector("Sven", losses, outputs=True)
     if len(losses) % micro_batch:
         raise ValueError(f"micro_batch={micro_batch} must divide the number of examples, {len(losses)}")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep.per_example.layers import closed_form, trains
-from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced, pairwise_is_cheaper
+from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced, matmul, pairwise_is_cheaper
 
 
 class Geometry(NamedTuple):
@@ -45,9 +45,10 @@ class Patches(Sliced):
     Args:
         params: ``(weight,)``, (o, c / groups, *kernel).
         geometry: of the layer.
-        x: padded input, (N, c, *extents), where N is B or a multiple of it.
+        x: padded input, (N, c, *extents), where N is B or a multiple of it; or fewer, (N / R, c, *extents), where R
+            consecutive rows share theirs.
         grad: gradient of the output, (N, o, *positions).
-        batch: number of examples B.
+        batch: number of rows B.
     """
 
     params: tuple[Tensor, ...]
@@ -59,6 +60,11 @@ class Patches(Sliced):
     @property
     def positions(self) -> torch.Size:
         return self.grad.shape[2:]
+
+    @property
+    def share(self) -> int:
+        """R, the number of rows that share their input."""
+        return len(self.grad) // len(self.x)
 
     def unfold(self, samples: slice) -> Tensor:
         """Patches of these samples by group, (n, groups, c / groups * kernel, positions)."""
@@ -74,30 +80,33 @@ class Patches(Sliced):
 
     def outer(self) -> Outer:
         """The same as a linear map whose positions are the output's; for one group."""
-        d, a = self.grad.flatten(2), self.unfold(slice(None)).squeeze(1)
-        d, a = (t.unflatten(0, (self.batch, -1)).mT.flatten(1, 2) for t in (d, a))
-        return Outer(self.params, d, a)
+        d = self.grad.flatten(2).unflatten(0, (self.batch, -1))
+        a = self.unfold(slice(None)).squeeze(1).unflatten(0, (self.batch // self.share, -1))
+        return Outer(self.params, d.mT.flatten(1, 2), a.mT.flatten(1, 2))
 
     def rows(self, rows: slice) -> Tensor:
         """Made a few samples at a time; `rows` must be all of them where there are several groups."""
         grad, positions = self.grad[:, rows], prod(self.positions)
         step = max(1, CHUNK // (self.x.shape[1] * prod(self.geometry.kernel) * positions))
-        d = grad.reshape(len(grad), self.geometry.groups, -1, positions)
+        examples, groups = self.batch // self.share, self.geometry.groups
+        apart = grad.reshape(examples, self.share, -1, groups, grad.shape[1] // groups, positions)
+        d = apart.permute(0, 2, 3, 1, 4, 5).reshape(len(self.x), groups, -1, positions)
         pieces = [d[k : k + step] @ self.unfold(slice(k, k + step)).mT for k in range(0, len(d), step)]
-        return torch.cat(pieces).reshape(self.batch, -1, grad.shape[1], self.width).sum(1)
+        found = torch.cat(pieces).reshape(examples, -1, groups, self.share, grad.shape[1] // groups, self.width)
+        return found.sum(1).transpose(1, 2).reshape(self.batch, -1, self.width)
 
     def dense(self) -> Dense:
         """The gradients themselves."""
         return Dense(self.params, self.rows(slice(None)))
 
-    def columns(self) -> Iterator[Tensor]:
+    def columns(self, batch: int | None = None) -> Iterator[Tensor]:
         """One offset within the kernel at a time: its inputs are a strided view, and no patch is ever made."""
         d = _by_example(self.grad, self.batch)
-        step = max(1, CHUNK // (self.batch * self.x.shape[1]))
+        step = max(1, CHUNK // ((batch or self.batch) * self.x.shape[1]))
         for offset in product(*map(range, self.geometry.kernel)):
-            a = _by_example(self._seen_at(offset), self.batch).mT
+            a = _by_example(self._seen_at(offset), self.batch // self.share).mT
             for k in range(0, d.shape[1], step):
-                yield (d[:, k : k + step] @ a).flatten(1)
+                yield matmul(d[:, k : k + step], a).flatten(1)
 
     def _seen_at(self, offset: tuple[int, ...]) -> Tensor:
         _, stride, dilation, _ = self.geometry
@@ -106,14 +115,20 @@ class Patches(Sliced):
         return self.x[(..., *seen)]
 
     def gram(self) -> Tensor:
-        positions = prod(self.positions) * len(self.grad) // self.batch
-        if pairwise_is_cheaper(positions, self.height, self.width, self.batch):
-            return self.outer().gram()
-        return super().gram()
+        return self.outer().gram() if self._pairwise_is_cheaper(self) else super().gram()
+
+    def cross(self, other: Patches) -> Tensor:
+        return self.outer().cross(other.outer()) if self._pairwise_is_cheaper(other) else super().cross(other)
+
+    def _pairwise_is_cheaper(self, other: Patches) -> bool:
+        positions = max(prod(part.positions) * len(part.grad) // part.batch for part in (self, other))
+        batch, share = min(self.batch, other.batch), self.share * other.share
+        return pairwise_is_cheaper(positions, self.height, self.width, batch, share)
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         weights = w.to(self.grad).repeat_interleave(len(self.grad) // self.batch)
         grad = self.grad * weights.view(-1, *[1] * (self.grad.ndim - 1))
+        grad = grad if self.share == 1 else self._apart(grad).sum(1).flatten(0, 1)
         return (self._convolution_backward(grad).view(self.params[0].shape),)
 
     def _convolution_backward(self, grad: Tensor) -> Tensor:
@@ -128,7 +143,12 @@ class Patches(Sliced):
         kernel, stride, dilation, groups = self.geometry
         none = [0] * len(kernel)
         moved = torch.convolution(self.x, v[0].to(self.x), None, stride, none, dilation, False, none, groups)
-        return (moved * self.grad).reshape(self.batch, -1).sum(1).double()
+        moved = moved.unflatten(0, (self.batch // self.share, 1, -1))
+        return (moved * self._apart(self.grad)).reshape(self.batch, -1).sum(1).double()
+
+    def _apart(self, grad: Tensor) -> Tensor:
+        """Samples of gradients as (examples, R, samples of an example, ...)."""
+        return grad.unflatten(0, (self.batch // self.share, self.share, -1))
 
     def masked(self, masks: Sequence[Tensor]) -> Patches:
         return replace(self, grad=self.grad * masks[0].to(self.grad).view(-1, *[1] * len(self.positions)))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steep.per_example.layers import closed_form, trains
 from steep.per_example.parts import CHUNK, Part, Sliced
+
+
+class Cells(NamedTuple):
+    """The gradient of every pair of an example and a token that occurs: (n,), (n,) and vectors (n, e)."""
+
+    examples: Tensor
+    tokens: Tensor
+    vectors: Tensor
 
 
 @dataclass
@@ -43,32 +52,37 @@ class Lookup(Sliced):
         return flat.view(self.batch, count, -1)
 
     def gram(self) -> Tensor:
-        used, tokens = self.tokens.unique(return_inverse=True)
-        compact = replace(self, tokens=tokens, vocabulary=len(used))
-        example, token, vectors = compact._cells()
-        if len(vectors) ** 2 < self.batch**2 * len(used):
-            return self._pairwise(example, token, vectors.double())
-        return Sliced.gram(compact)
+        (compact,) = compacted(self)
+        cells = compact._cells()
+        sparse = len(cells.vectors) ** 2 < self.batch**2 * compact.vocabulary
+        return compact._pairwise(cells, cells, self.batch) if sparse else Sliced.gram(compact)
 
-    def _cells(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of every (example, token) that occurs: example (n,), token (n,), vector (n, e)."""
+    def cross(self, other: Lookup) -> Tensor:
+        left, right = compacted(self, other)
+        here, there = left._cells(), right._cells()
+        sparse = len(here.vectors) * len(there.vectors) < self.batch * other.batch * left.vocabulary
+        return left._pairwise(here, there, other.batch) if sparse else Sliced.cross(left, right)
+
+    def _cells(self) -> Cells:
         examples = torch.arange(self.batch, device=self.tokens.device)[:, None]
         cells, cell = (examples * self.vocabulary + self.tokens).unique(return_inverse=True)
         vectors = self.d.new_zeros(len(cells), self.d.shape[2]).index_add_(0, cell.flatten(), self.d.flatten(0, 1))
-        return cells // self.vocabulary, cells % self.vocabulary, vectors
+        return Cells(cells // self.vocabulary, cells % self.vocabulary, vectors)
 
-    def _pairwise(self, example: Tensor, token: Tensor, vectors: Tensor) -> Tensor:
-        step = max(1, CHUNK // len(vectors))
-        gram = self._zeros(self.batch, self.batch)
-        for k in range(0, len(vectors), step):
-            products = (vectors[k : k + step] @ vectors.T) * (token[k : k + step, None] == token)
-            by_column = products.new_zeros(len(products), self.batch).index_add_(1, example, products)
-            gram.index_add_(0, example[k : k + step], by_column)
-        return gram
+    def _pairwise(self, left: Cells, right: Cells, batch: int) -> Tensor:
+        step = max(1, CHUNK // len(right.vectors))
+        here = left.vectors.double()
+        there = here if right is left else right.vectors.double()
+        total = self._zeros(self.batch, batch)
+        for k in range(0, len(here), step):
+            products = (here[k : k + step] @ there.T) * (left.tokens[k : k + step, None] == right.tokens)
+            by_column = products.new_zeros(len(products), batch).index_add_(1, right.examples, products)
+            total.index_add_(0, left.examples[k : k + step], by_column)
+        return total
 
     def squares(self) -> Tensor:
-        example, _, vectors = self._cells()
-        return self._zeros(self.batch).index_add_(0, example, vectors.double().square().sum(1))
+        cells = self._cells()
+        return self._zeros(self.batch).index_add_(0, cells.examples, cells.vectors.double().square().sum(1))
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
         weighted = (self.d * w.to(self.d)[:, None, None]).flatten(0, 1)
@@ -81,6 +95,16 @@ class Lookup(Sliced):
         return replace(self, d=self.d * masks[0].to(self.d)[self.tokens][..., None])
 
 
+def compacted(*parts: Lookup) -> list[Lookup]:
+    """Parts of one table as of one with the tokens that occur in any of them."""
+    used, tokens = torch.cat([part.tokens.flatten() for part in parts]).unique(return_inverse=True)
+    pieces = tokens.split([part.tokens.numel() for part in parts])
+    return [
+        replace(part, tokens=piece.view_as(part.tokens), vocabulary=len(used))
+        for part, piece in zip(parts, pieces, strict=True)
+    ]
+
+
 @closed_form(nn.Embedding)
 def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     if not trains(layer.weight):
@@ -91,3 +115,40 @@ def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Itera
     if layer.scale_grad_by_freq:
         d = d / tokens.flatten().bincount()[tokens][..., None]
     yield Lookup((layer.weight,), tokens, d)
+
+
+@closed_form(nn.EmbeddingBag, covers=lambda layer: not layer.scale_grad_by_freq, whole=True)
+def embedding_bag(
+    layer: nn.EmbeddingBag, inputs: dict[str, Any], grads: Sequence[Tensor], batch: int
+) -> Iterator[Part]:
+    """Bags as sequences of equal length: what a bag lacks has no weight."""
+    tokens, scale = inputs["input"], inputs["per_sample_weights"]
+    scale = torch.ones_like(tokens, dtype=grads[0].dtype) if scale is None else scale
+    if tokens.ndim == 1:
+        tokens, scale = _padded(layer, tokens, scale, inputs["offsets"])
+    if layer.padding_idx is not None:
+        scale = scale * (tokens != layer.padding_idx)
+    d = grads[0][:, None] * _shares(layer, tokens, scale)
+    yield Lookup((layer.weight,), tokens.reshape(batch, -1), d.reshape(batch, -1, layer.embedding_dim))
+
+
+def _padded(layer: nn.EmbeddingBag, tokens: Tensor, scale: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Bags that start at `offsets` of one long sequence, (bags, longest bag)."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(tokens)])])
+    starts, ends = (offsets[:-1], offsets[1:]) if layer.include_last_offset else (offsets, ends)
+    length = int((ends - starts).max())
+    position = starts[:, None] + torch.arange(length, device=tokens.device)
+    inside = position < ends[:, None]
+    position = position.clamp(max=len(tokens) - 1)
+    return tokens[position], scale[position] * inside
+
+
+def _shares(layer: nn.EmbeddingBag, tokens: Tensor, scale: Tensor) -> Tensor:
+    """What each token's vector counts in its bag, (bags, T, e or 1)."""
+    if layer.mode == "sum":
+        return scale[..., None]
+    if layer.mode == "mean":
+        return (scale / scale.sum(1, keepdim=True).clamp(min=1))[..., None]
+    vectors = layer.weight.detach()[tokens].masked_fill(scale[..., None] == 0, -torch.inf)
+    largest = torch.zeros_like(vectors).scatter_(1, vectors.argmax(1, keepdim=True), 1)
+    return largest * scale[..., None]

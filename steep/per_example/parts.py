@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ class Part(ABC):
     """What the engine asks of a part. `B` is the number of examples; weights `w` have shape (B,)."""
 
     params: tuple[Tensor, ...]
+    batch: int
 
     @abstractmethod
     def gram(self) -> Tensor:
         """Inner products of the per-example gradients, (B, B), float64."""
+
+    @abstractmethod
+    def cross(self, other: Any) -> Tensor:
+        """Inner products with the gradients of another part of the same kind and parameters, (B, B'), float64."""
 
     @abstractmethod
     def squares(self) -> Tensor:
@@ -48,9 +54,13 @@ class Part(ABC):
     def masked(self, masks: Sequence[Tensor]) -> Part:
         """The same part with rows set to zero; one 0/1 vector per parameter."""
 
-    def split(self) -> Sequence[Part]:
-        """Parts of one parameter each, where that is possible."""
-        return (self,)
+    @abstractmethod
+    def split(self) -> Sequence[Sliced]:
+        """Parts of one parameter each."""
+
+    @abstractmethod
+    def lasting(self) -> Sequence[Part]:
+        """Parts of the same gradients that remain what they are when the parameters are changed in place."""
 
 
 def height(p: Tensor) -> int:
@@ -63,8 +73,6 @@ class Sliced(Part):
 
     A closed form of one's own needs only `params`, `batch`, `rows` and `masked`.
     """
-
-    batch: int
 
     @abstractmethod
     def rows(self, rows: slice) -> Tensor:
@@ -82,13 +90,22 @@ class Sliced(Part):
     def width(self) -> int:
         return self.params[0].numel() // height(self.params[0])
 
-    def slices(self) -> Iterator[slice]:
-        step = max(1, CHUNK // (self.batch * self.width))
+    @property
+    def chunk(self) -> int:
+        """Elements of a slice."""
+        return CHUNK
+
+    def slices(self, batch: int | None = None) -> Iterator[slice]:
+        """Slices of the parameter's rows, short enough for a `batch` other than the own."""
+        step = max(1, self.chunk // ((batch or self.batch) * self.width))
         return (slice(start, min(start + step, self.height)) for start in range(0, self.height, step))
 
-    def columns(self) -> Iterator[Tensor]:
-        """All columns of J, some at a time and in any order, (B, n); none is wider than the first."""
-        return (self.rows(rows).flatten(1) for rows in self.slices())
+    def columns(self, batch: int | None = None) -> Iterator[Tensor]:
+        """All columns of J, some at a time and in any order, (B, n); none is wider than the first.
+
+        Of two parts of one kind and parameter, the pieces for the same `batch` are the same columns.
+        """
+        return (self.rows(rows).flatten(1) for rows in self.slices(batch))
 
     def gram(self) -> Tensor:
         total, buffer = self._zeros(self.batch, self.batch), None
@@ -96,6 +113,12 @@ class Sliced(Part):
             buffer = torch.empty_like(j, dtype=torch.float64) if buffer is None else buffer  # fresh memory is slow
             wide = buffer[:, : j.shape[1]].copy_(j)
             total.addmm_(wide, wide.T)
+        return total
+
+    def cross(self, other: Any) -> Tensor:
+        batch, total = max(self.batch, other.batch), self._zeros(self.batch, other.batch)
+        for left, right in zip(self.columns(batch), other.columns(batch), strict=True):
+            total.addmm_(left.double(), right.double().T)
         return total
 
     def squares(self) -> Tensor:
@@ -113,6 +136,12 @@ class Sliced(Part):
 
     def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         return (torch.cat([f(self.rows(rows).flatten(1)) for rows in self.slices()]).view(self.params[0].shape),)
+
+    def split(self) -> Sequence[Sliced]:
+        return (self,)
+
+    def lasting(self) -> Sequence[Sliced]:
+        return (self,)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=self.params[0].device)
@@ -143,7 +172,7 @@ class Outer(Sliced):
     Args:
         params: ``(weight,)`` or ``(weight, bias)``.
         d: gradients of the outputs, (B, T, o).
-        a: inputs, (B, T, i).
+        a: inputs, (B, T, i); or fewer, (B / R, T, i), of which each belongs to R consecutive rows.
     """
 
     params: tuple[Tensor, ...]
@@ -151,8 +180,13 @@ class Outer(Sliced):
     a: Tensor
 
     def __post_init__(self) -> None:
-        self.batch, self.positions, self.outputs = self.d.shape
+        self.batch, (self.positions, self.outputs) = max(len(self.d), len(self.a)), self.d.shape[1:]
         self.has_bias = len(self.params) == 2
+
+    @property
+    def share(self) -> int:
+        """R, the number of rows that share their inputs."""
+        return self.batch // len(self.a)
 
     @property
     def height(self) -> int:
@@ -163,40 +197,64 @@ class Outer(Sliced):
         return self.a.shape[2]
 
     def rows(self, rows: slice) -> Tensor:
-        return self.d[:, :, rows].mT @ self.a
+        return matmul(self.d[:, :, rows].mT, self.a)
 
     def gram(self) -> Tensor:
-        if pairwise_is_cheaper(self.positions, self.height, self.width, self.batch):
-            return self._pairwise()
+        if self._pairwise_is_cheaper(self):
+            return self._pairwise(self)
         if self.has_bias:
             return sum(part.gram() for part in self.split())  # type: ignore[return-value]
-        # transposing leaves inner products as they are; fewer, longer slices copy less
-        return Outer(self.params, self.a, self.d).gram() if self.width > self.height else super().gram()
+        return super().gram() if self.height >= self.width else self._transposed().gram()
 
-    def _pairwise(self) -> Tensor:
+    def cross(self, other: Outer) -> Tensor:
+        if self._pairwise_is_cheaper(other):
+            return self._pairwise(other)
+        if self.has_bias:
+            return sum(mine.cross(its) for mine, its in zip(self.split(), other.split(), strict=True))  # type: ignore[return-value]
+        return super().cross(other) if self.height >= self.width else self._transposed().cross(other._transposed())
+
+    def _transposed(self) -> Outer:
+        """Transposing leaves inner products as they are; fewer, longer slices copy less."""
+        return Outer(self.params, self.a, self.d)
+
+    def _pairwise_is_cheaper(self, other: Outer) -> bool:
+        positions, batch = max(self.positions, other.positions), min(self.batch, other.batch)
+        return pairwise_is_cheaper(positions, self.height, self.width, batch, self.share * other.share)
+
+    def _pairwise(self, other: Outer) -> Tensor:
         """``(A A^T + 1) * (D D^T)`` over pairs of positions, summed over each pair of examples."""
-        step = max(1, CHUNK // (self.positions**2 * self.batch))
-        return torch.cat([self._pairs(slice(k, k + step)) for k in range(0, self.batch, step)])
+        step = max(1, CHUNK // (self.share * self.positions * other.positions * other.batch))
+        return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, len(self.a), step)])
 
-    def _pairs(self, left: slice) -> Tensor:
-        pairs = _kernel(self.a, left)
-        pairs = (pairs.add_(1) if self.has_bias else pairs).mul_(_kernel(self.d, left))
-        return pairs if self.positions == 1 else pairs.view(-1, self.positions, self.batch, self.positions).sum((1, 3))
+    def _pairs(self, chosen: slice, other: Outer) -> Tensor:
+        inputs = _kernel(self.a, other.a, chosen)
+        inputs = inputs.add_(1) if self.has_bias else inputs
+        pairs = _kernel(self.d, other.d, slice(chosen.start * self.share, chosen.stop * self.share))
+        if self.share * other.share == 1:
+            pairs.mul_(inputs)
+        else:
+            apart = (len(self.a[chosen]), self.share, self.positions, len(other.a), other.share, other.positions)
+            pairs.view(apart).mul_(inputs.view(apart[0], 1, apart[2], apart[3], 1, apart[5]))
+        if self.positions == other.positions == 1:
+            return pairs
+        return pairs.view(-1, self.positions, other.batch, other.positions).sum((1, 3))
 
     def squares(self) -> Tensor:
         if self.positions > 1:
             return super().squares() + (self._bias().squares() if self.has_bias else 0)
         a, d = (t.double().square().sum((1, 2)) for t in (self.a, self.d))
-        return (a + self.has_bias) * d
+        return ((a + self.has_bias)[:, None] * d.view(len(a), -1)).flatten()
 
     def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        d = (self.d * w.to(self.d)[:, None, None]).flatten(0, 1)
+        d = self.d * w.to(self.d)[:, None, None]
+        d = (d if self.share == 1 else d.unflatten(0, (len(self.a), -1)).sum(1)).flatten(0, 1)
         weight = (d.T @ self.a.flatten(0, 1)).view(self.params[0].shape)
         return (weight, d.sum(0)) if self.has_bias else (weight,)
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
         moved = self.a @ v[0].flatten(1).T
-        return ((moved + v[1] if self.has_bias else moved) * self.d).sum((1, 2)).double()
+        moved = moved + v[1] if self.has_bias else moved
+        return (moved[:, None] * self.d.unflatten(0, (len(self.a), -1))).sum((2, 3)).flatten().double()
 
     def columnwise(self, f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         weight = super().columnwise(f)
@@ -205,52 +263,34 @@ class Outer(Sliced):
     def masked(self, masks: Sequence[Tensor]) -> Outer:
         return replace(self, d=self.d * masks[0].to(self.d))
 
-    def split(self) -> Sequence[Part]:
+    def split(self) -> Sequence[Sliced]:
         return (replace(self, params=self.params[:1]), self._bias()) if self.has_bias else (self,)
 
     def _bias(self) -> Dense:
         return Dense((self.params[1],), self.d.sum(1))
 
 
-def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int) -> bool:
-    """Whether products of all pairs of positions take fewer operations than the gradients, and their products."""
-    return positions**2 * (outputs + inputs) < outputs * inputs * (1 + positions / batch)
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Matrix products (B, m, t) by (B, t, n), where each of the shorter one belongs to several of the other."""
+    if len(left) == len(right):
+        return left @ right
+    if len(left) < len(right):
+        return matmul(right.mT, left.mT).mT
+    few = left.reshape(len(right), -1, left.shape[2]) @ right
+    return few.view(*left.shape[:2], -1)
 
 
-def _kernel(t: Tensor, left: slice) -> Tensor:
-    """Inner products of the positions (B, T, n) of some examples with those of all."""
-    doubled = t.double()
-    return doubled[left].flatten(0, 1) @ doubled.flatten(0, 1).T
+def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int, share: int = 1) -> bool:
+    """Whether products of all pairs of positions take fewer operations than the gradients, and their products.
+
+    Args:
+        share: number of pairs of rows that share the inner product of their inputs.
+    """
+    return positions**2 * (outputs + inputs / share) < outputs * inputs * (1 + positions / batch)
 
 
-@dataclass
-class Uses(Sliced):
-    """One parameter used several times (tied or reused): the uses' gradients are summed before anything is squared."""
-
-    params: tuple[Tensor, ...]
-    uses: Sequence[Sliced]
-
-    def __post_init__(self) -> None:
-        self.batch = self.uses[0].batch
-
-    def rows(self, rows: slice) -> Tensor:
-        return torch.stack([use.rows(rows) for use in self.uses]).sum(0)
-
-    def vjp(self, w: Tensor) -> tuple[Tensor, ...]:
-        return (torch.stack([use.vjp(w)[0] for use in self.uses]).sum(0),)
-
-    def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        return torch.stack([use.jvp(v) for use in self.uses]).sum(0)
-
-    def masked(self, masks: Sequence[Tensor]) -> Uses:
-        return replace(self, uses=[use.masked(masks) for use in self.uses])
-
-
-def combine(uses: Sequence[Sliced]) -> Sliced:
-    """One part for all uses of one parameter; uses of one linear map become more positions of it."""
-    if len(uses) == 1:
-        return uses[0]
-    linear = [use for use in uses if isinstance(use, Outer)]
-    if len(linear) < len(uses):
-        return Uses(uses[0].params[:1], uses)
-    return replace(linear[0], d=torch.cat([u.d for u in linear], 1), a=torch.cat([u.a for u in linear], 1))
+def _kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
+    """Inner products of the positions (B, T, n) of some examples of `left` with those of all of `right`."""
+    here = left.double()
+    there = here if right is left else right.double()
+    return here[chosen].flatten(0, 1) @ there.flatten(0, 1).T

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,8 +74,7 @@ def empirical_ntk(model: nn.Module, x: Tensor, x2: Tensor | None = None, *, outp
         model: from inputs (n, ...) to outputs (n,) or (n, ...), which are flattened to (n, C).
         x: inputs, (n, ...).
         x2: inputs of the second argument, (m, ...); `None` for `x` itself.
-        outputs: "full" keeps all pairs of outputs; "trace" averages over equal ones, for C backwards instead of a
-            batch of n C.
+        outputs: "full" keeps all pairs of outputs; "trace" averages over equal ones, in C kernels of (n, m).
 
     Returns:
         float64, (n, m, C, C), or (n, m) for the trace.
@@ -90,41 +89,38 @@ def empirical_ntk(model: nn.Module, x: Tensor, x2: Tensor | None = None, *, outp
                 [1., 5.]], dtype=torch.float64)
     """
     require("outputs", outputs, outputs in ("full", "trace"), "'full' or 'trace'")
-    both = _joined(x, x2)
+    _check_inputs(x, x2)
     engine = PerExample(model)
     try:
         with evaluating(model), torch.enable_grad():
-            gram = (_full if outputs == "full" else _trace)(engine, both)
+            f = [model(inputs).reshape(len(inputs), -1) for inputs in (x, x2) if inputs is not None]
+            kernel = _full(engine, *f) if outputs == "full" else _trace(engine, *f)
     finally:
         engine.remove()
-    if not gram.isfinite().all():
+    if not kernel.isfinite().all():
         raise ValueError("the kernel is not finite: the model's outputs or their gradients are not, at these inputs")
-    return gram if x2 is None else gram[: len(x), len(x) :]
+    return kernel
 
 
-def _joined(x: Tensor, x2: Tensor | None) -> Tensor:
+def _check_inputs(x: Tensor, x2: Tensor | None) -> None:
     if not len(x) or (x2 is not None and not len(x2)):
         raise ValueError("there must be at least one input, of each argument")
-    if x2 is None:
-        return x
-    if x.shape[1:] != x2.shape[1:]:
+    if x2 is not None and x.shape[1:] != x2.shape[1:]:
         raise ValueError(f"x and x2 must hold inputs of one shape, got {tuple(x.shape[1:])} and {tuple(x2.shape[1:])}")
-    return torch.cat([x, x2])
 
 
-def _trace(engine: PerExample, x: Tensor) -> Tensor:
-    f = engine.model(x).reshape(len(x), -1)
-    grams = [engine.rows(column, retain_graph=True).gram() for column in f.unbind(1)]
-    return torch.stack(grams).mean(0)
+def _trace(engine: PerExample, *f: Tensor) -> Tensor:
+    columns = zip(*(outputs.unbind(1) for outputs in f), strict=True)
+    return torch.stack([_gram(engine, column) for column in columns]).mean(0)
 
 
-def _full(engine: PerExample, x: Tensor) -> Tensor:
-    """Every input stands once for each output; that output is its copy's loss."""
-    with torch.no_grad():
-        c = engine.model(x[:1]).numel()
-    copies = engine.model(x.repeat_interleave(c, 0)).reshape(len(x), c, c)
-    gram = engine.rows(copies.diagonal(dim1=1, dim2=2).reshape(-1)).gram()
-    return gram.view(len(x), c, len(x), c).transpose(1, 2)
+def _full(engine: PerExample, *f: Tensor) -> Tensor:
+    return _gram(engine, f).view(*f[0].shape, *f[-1].shape).transpose(1, 2)
+
+
+def _gram(engine: PerExample, losses: Sequence[Tensor]) -> Tensor:
+    rows, *other = (engine.rows(each, retain_graph=True) for each in losses)
+    return rows.gram(*other)
 
 
 def kernel_product(model: nn.Module, x: Tensor, x2: Tensor | None = None) -> Callable[[Tensor], Tensor]:

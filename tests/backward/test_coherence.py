@@ -251,6 +251,10 @@ def test_a_scalar_is_refused():
     model = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="CoherentGradient needs one loss per example, but got a scalar"):
         CoherentGradient(model)(model(torch.randn(4, 2)).mean())
+    with pytest.raises(ValueError, match=r"CoherentGradient needs losses of shape \(B,\), got \(4, 1\)"):
+        CoherentGradient(model)(model(torch.randn(4, 2)))
+    with pytest.raises(ValueError, match=r"m_coherence needs losses of shape \(B,\), got \(4, 1\)"):
+        m_coherence(model, lambda m, x: m(x), [torch.randn(4, 2)])
 
 
 # ---- the metric

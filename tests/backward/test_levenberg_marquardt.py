@@ -132,6 +132,68 @@ def test_a_linear_problem_keeps_every_promise():
         assert rule.gain == pytest.approx(1, abs=1e-6)
 
 
+def test_several_residuals_of_an_example_in_numpy():
+    model, x, y = net(3, 6, 4), torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    found = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, x).flatten())(params)
+    j = torch.cat([t.flatten(1) for t in found.values()], 1).numpy()
+    r = (model(x) - y).detach().flatten().numpy()
+    lam = 0.1 * np.mean(np.sum(j**2, 1))
+    expected = np.linalg.solve(j.T @ j + lam * np.eye(j.shape[1]), j.T @ r)
+    start = flat(model.parameters())
+    rule, optimizer = LevenbergMarquardt(model, damping=0.1), torch.optim.SGD(model.parameters(), lr=1.0)
+    rule(model(x) - y, closure=lambda: model(x) - y)
+    np.testing.assert_allclose(flat(p.grad for p in model.parameters()), expected, rtol=1e-8, atol=1e-10)
+    optimizer.step()
+    rule.step()
+    moved = (flat(model.parameters()) - start).numpy()
+    now = (model(x) - y).detach().numpy()
+    gain = (np.sum(r**2) - np.sum(now**2)) / (np.sum(r**2) - np.sum((r + j @ moved) ** 2))
+    assert rule.gain == pytest.approx(gain, rel=1e-8)
+
+
+def test_more_dimensions_than_outputs_are_refused():
+    model, x = net(3, 4), torch.randn(5, 2, 3).double()
+    with pytest.raises(ValueError, match=r"shape \(B,\) or \(B, R\), got \(5, 2, 4\)"):
+        LevenbergMarquardt(model, adapt=1.0)(model(x))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = net(3, 6, 1), nn.Parameter(torch.ones(3).double())
+
+    def forward(self, x):
+        return self.net(x * self.scale)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.RNN(1, 4, batch_first=True).double(), nn.Linear(4, 1).double()
+
+    def forward(self, x):
+        return self.head(self.rnn(x[:, :, None])[0][:, -1])
+
+
+@pytest.mark.parametrize("build", [Scaled, Recurrent])
+@pytest.mark.filterwarnings("ignore:each step takes")
+def test_steps_are_judged_also_where_the_engine_has_no_closed_form(build):
+    model, x, y = build(), torch.randn(8, 3).double(), torch.randn(8).double()
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    residuals = lambda: model(x).squeeze(-1) - y  # noqa: E731
+    rule, optimizer = LevenbergMarquardt(model, damping=0.1), torch.optim.SGD(model.parameters(), lr=1.0)
+    r = residuals()
+    rows = [torch.autograd.grad(one, list(model.parameters()), retain_graph=True) for one in r]
+    rule(residuals(), closure=residuals)
+    optimizer.step()
+    rule.step()
+    moved = [p.detach() - params[name] for name, p in model.named_parameters()]
+    promised = r.detach() + torch.stack([sum((g * d).sum() for g, d in zip(row, moved, strict=True)) for row in rows])
+    before, now, linear = (t.detach().square().sum().item() for t in (r, residuals(), promised))
+    assert rule.gain == pytest.approx((before - now) / (before - linear), rel=1e-7)
+
+
 def test_squares_with_kappa_1_and_residuals_with_kappa_2_are_the_same_conditions():
     model, x, y = net(3, 6, 1), torch.randn(8, 3).double(), torch.randn(8).double()
     signed = direction(model, lambda: model(x).squeeze(-1) - y, damping=0.1)

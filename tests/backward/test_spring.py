@@ -54,6 +54,18 @@ def test_the_first_steps_equal_the_least_squares_problem_in_numpy(damping, momen
         np.testing.assert_allclose(flat(model.parameters()), before - lr * phi, rtol=1e-9, atol=1e-12)
 
 
+def test_several_residuals_of_an_example_are_conditions_of_their_own():
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double(), torch.randn(6, 3).double()
+    y, rule, phi = torch.randn(6, 4).double(), Spring(model, 0.1, 0.5), 0.0
+    for _ in range(3):
+        params = {k: p.detach() for k, p in model.named_parameters()}
+        found = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).flatten())(params)
+        j = torch.cat([t.flatten(1) for t in found.values()], 1).numpy() / 24**0.5
+        r = (model(x) - y).detach().flatten().numpy() / 24**0.5
+        phi = np.linalg.solve(j.T @ j + 0.1 * np.eye(j.shape[1]), j.T @ r + 0.1 * 0.5 * phi)
+        np.testing.assert_allclose(grads(model, rule, model(x) - y).numpy(), phi, rtol=1e-7, atol=1e-9)
+
+
 def test_one_example_and_no_damping_is_kaczmarzs_projection():
     """The new direction is the point of the hyperplane a φ = r that is nearest to μ φ."""
     model = nn.Linear(4, 1, bias=False).double()

@@ -302,6 +302,30 @@ def test_adds_to_grad_times_the_scale():
     torch.testing.assert_close(flat_grad(model), 1.5 * once)
 
 
+@pytest.mark.parametrize(
+    ("kappa", "rank", "micro_batch"), [(2.0, None, 1), (2.0, 5, 1), (1.0, None, 1), (2.0, None, 3)]
+)
+def test_several_residuals_of_an_example_are_conditions_of_their_own(kappa, rank, micro_batch):
+    model, x, y = net(3, 6, 4), torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def conditions(call):
+        means = (call(x) - y).square().unflatten(0, (-1, micro_batch)).mean(1).flatten()
+        return means ** (kappa / 2)
+
+    expected, kept = truncated(jacobian(model, conditions), conditions(model).detach(), rank=rank)
+    rule = Sven(model, rank=rank, kappa=kappa, micro_batch=micro_batch)
+    rule((model(x) - y).square())
+    assert rule.kept_rank == kept
+    torch.testing.assert_close(flat_grad(model), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_one_step_meets_all_outputs_of_all_examples_of_a_linear_model():
+    model, x, y = nn.Linear(7, 3).double(), torch.randn(5, 7).double(), torch.randn(5, 3).double()
+    update(model, lambda: model(x) - y)
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    torch.testing.assert_close(model(x), y)
+
+
 def test_momentum_and_weight_decay_follow_as_usual():
     model, (x, y) = net(3, 8, 1), data(5, 3)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])

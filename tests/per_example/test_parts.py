@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from steep.per_example import Blocks, Dense, Lookup, Outer, Patches, PerExample, parts
-from steep.per_example.parts import Uses, combine
+from steep.per_example.uses import Uses, combine
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 small = st.integers(1, 5)
@@ -73,7 +73,7 @@ def test_both_routes_to_a_linear_gram_agree(bias, chunk, monkeypatch):
             randn(4, positions, width + 1),
         )
         explicit = sum(parts.Sliced.gram(piece) for piece in part.split())
-        torch.testing.assert_close(part._pairwise(), explicit)
+        torch.testing.assert_close(part._pairwise(part), explicit)
         torch.testing.assert_close(part.gram(), explicit)
 
 
@@ -129,8 +129,8 @@ def test_both_routes_to_an_embedding_gram_agree():
     for vocabulary in (2, 1000):
         tokens, d = torch.randint(vocabulary, (6, 7)), randn(6, 7, 3)
         part = Lookup((randn(vocabulary, 3),), tokens, d)
-        example, token, vectors = part._cells()
-        torch.testing.assert_close(part._pairwise(example, token, vectors), parts.Sliced.gram(part))
+        cells = part._cells()
+        torch.testing.assert_close(part._pairwise(cells, cells, 6), parts.Sliced.gram(part))
 
 
 @few
