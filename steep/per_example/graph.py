@@ -32,6 +32,7 @@ class Broadcast:
     edge: GradientEdge
     shape: torch.Size
     params: tuple[Tensor, ...]
+    output_nr: int = 0
     parts: list[Part] = field(default_factory=list)
 
     def receive(self, grads: tuple[Tensor, ...]) -> None:
@@ -51,14 +52,15 @@ class Trace:
     """What the walk found.
 
     Args:
-        calls, broadcasts: where parts will come from, at these `edges`.
+        calls, broadcasts: where parts will come from.
+        nodes: theirs.
         leaves: leaves used outside of them.
         ends: edges where the walk ended otherwise; with the leaves, all that a backward must reach.
     """
 
     calls: list[Call] = field(default_factory=list)
     broadcasts: list[Broadcast] = field(default_factory=list)
-    edges: dict[Call | Broadcast, GradientEdge] = field(default_factory=dict)
+    nodes: dict[Call | Broadcast, Node] = field(default_factory=dict)
     leaves: dict[Any, None] = field(default_factory=dict)
     ends: list[GradientEdge] = field(default_factory=list)
 
@@ -104,7 +106,7 @@ class Trace:
 
     def _collect_columns(self, losses: Tensor, keep: bool, last: bool) -> list[Part]:
         """The backward of the last column may let go of the graph, which the others need as a whole."""
-        edges, (batch, columns) = [self.edges[tap] for tap in self.taps], losses.shape
+        edges, (batch, columns) = [GradientEdge(self.nodes[tap], tap.output_nr) for tap in self.taps], losses.shape
         if not edges:
             return []
         one_hot = torch.eye(columns, dtype=losses.dtype, device=losses.device)[:, None].expand(-1, batch, -1)
@@ -138,7 +140,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
         call = node.metadata.get(key)
         if call is not None and accepts(call):
             found.calls.append(call)
-            found.edges[call] = GradientEdge(node, call.output_nr)
+            found.nodes[call] = node
             todo += call.upstream
             found.ends += [] if call.upstream else [GradientEdge(node, call.output_nr)]
             continue
@@ -148,7 +150,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
                 todo.append(edge[0])
             else:
                 found.broadcasts.append(broadcast)
-                found.edges[broadcast] = GradientEdge(node, 0)
+                found.nodes[broadcast] = node
                 found.ends.append(broadcast.edge)
     return found
 
