@@ -1,5 +1,6 @@
 """Per-example gradients without the B x P matrix: the foundation of every method that treats a loss as a vector."""
 
+from steep.per_example import attention, recurrent
 from steep.per_example.autodiff import Blocks
 from steep.per_example.convolution import Patches
 from steep.per_example.embedding import Lookup
@@ -8,4 +9,17 @@ from steep.per_example.layers import closed_form
 from steep.per_example.parts import Dense, Outer, Part, Sliced
 from steep.per_example.rows import Rows
 
-__all__ = ["Blocks", "Dense", "Lookup", "Outer", "Part", "Patches", "PerExample", "Rows", "Sliced", "closed_form"]
+__all__ = [
+    "Blocks",
+    "Dense",
+    "Lookup",
+    "Outer",
+    "Part",
+    "Patches",
+    "PerExample",
+    "Rows",
+    "Sliced",
+    "attention",
+    "closed_form",
+    "recurrent",
+]

@@ -145,7 +145,7 @@ def gradients(
     """`torch.autograd.grad` with zeros for unused parameters; `batched`: for each entry of `cotangent`."""
     if not batched:
         found: Found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
+        return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, params, strict=True)]
     found = for_each(output, params, cotangent)
     return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
 
@@ -216,6 +216,7 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) ->
         batch: number of examples.
     """
     params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    before = [p._version for p in params.values()]
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
 
     def call(values: dict[str, Tensor], example: dict[Any, Tensor]) -> Tensor:
@@ -228,13 +229,15 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) ->
         return tuple(found.values())
 
     def block(examples: range) -> Sequence[Tensor]:
+        if before != [p._version for p in params.values()]:
+            raise RuntimeError(f"a parameter of a {type(layer).__name__} was changed while its rows were still in use")
         chosen = slice(examples.start, examples.stop)
         its = (
             chosen
             if batch == len(grad)
             else torch.arange(chosen.start, chosen.stop, device=grad.device) // (len(grad) // batch)
         )
-        with unbatched_operations_allowed():
+        with unbatched_operations_allowed(), torch.enable_grad():  # some kernels keep nothing for a backward without
             return vmap(pull)({k: v[its] for k, v in batched.items()}, grad[chosen])
 
     return Blocks(tuple(p for p in layer.parameters() if p.requires_grad), len(grad), block)

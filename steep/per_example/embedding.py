@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,3 +115,40 @@ def embedding(layer: nn.Embedding, x: Tensor, grad: Tensor, batch: int) -> Itera
     if layer.scale_grad_by_freq:
         d = d / tokens.flatten().bincount()[tokens][..., None]
     yield Lookup((layer.weight,), tokens, d)
+
+
+@closed_form(nn.EmbeddingBag, covers=lambda layer: not layer.scale_grad_by_freq, whole=True)
+def embedding_bag(
+    layer: nn.EmbeddingBag, inputs: dict[str, Any], grads: Sequence[Tensor], batch: int
+) -> Iterator[Part]:
+    """Bags as sequences of equal length: what a bag lacks has no weight."""
+    tokens, scale = inputs["input"], inputs["per_sample_weights"]
+    scale = torch.ones_like(tokens, dtype=grads[0].dtype) if scale is None else scale
+    if tokens.ndim == 1:
+        tokens, scale = _padded(layer, tokens, scale, inputs["offsets"])
+    if layer.padding_idx is not None:
+        scale = scale * (tokens != layer.padding_idx)
+    d = grads[0][:, None] * _shares(layer, tokens, scale)
+    yield Lookup((layer.weight,), tokens.reshape(batch, -1), d.reshape(batch, -1, layer.embedding_dim))
+
+
+def _padded(layer: nn.EmbeddingBag, tokens: Tensor, scale: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Bags that start at `offsets` of one long sequence, (bags, longest bag)."""
+    ends = torch.cat([offsets[1:], offsets.new_tensor([len(tokens)])])
+    starts, ends = (offsets[:-1], offsets[1:]) if layer.include_last_offset else (offsets, ends)
+    length = int((ends - starts).max())
+    position = starts[:, None] + torch.arange(length, device=tokens.device)
+    inside = position < ends[:, None]
+    position = position.clamp(max=len(tokens) - 1)
+    return tokens[position], scale[position] * inside
+
+
+def _shares(layer: nn.EmbeddingBag, tokens: Tensor, scale: Tensor) -> Tensor:
+    """What each token's vector counts in its bag, (bags, T, e or 1)."""
+    if layer.mode == "sum":
+        return scale[..., None]
+    if layer.mode == "mean":
+        return (scale / scale.sum(1, keepdim=True).clamp(min=1))[..., None]
+    vectors = layer.weight.detach()[tokens].masked_fill(scale[..., None] == 0, -torch.inf)
+    largest = torch.zeros_like(vectors).scatter_(1, vectors.argmax(1, keepdim=True), 1)
+    return largest * scale[..., None]

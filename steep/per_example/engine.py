@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from steep.needs import NEEDS, UnmetNeed
 from steep.per_example.graph import trace
+from steep.per_example.mixing import refuse_mixing
 from steep.per_example.parts import Part
-from steep.per_example.recording import Call, Recorder, recorded_layers
+from steep.per_example.recording import Call, Entrance, Recorder, recorded_layers
 from steep.per_example.rows import Rows, assemble
 
 TOLERANCE = 1e-3
@@ -25,15 +26,26 @@ NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the 
 class PerExample:
     """Per-example gradients of any model, without the B x P matrix, for about the price of one more backward.
 
-    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, LayerNorm, GroupNorm,
-    BatchNorm in evaluation mode and Embedding, tied and reused weights among them. Other layers are differentiated
-    one example at a time, and parameters used outside layers cost one backward per example. The rows are exact: on
-    the first batch (and when a layer's output fits the batch after it had not) a weighted sum of them is compared
-    with an ordinary backward, and parameters that differ are left to autograd from then on.
+    Closed forms cover Linear, convolutions and transposed ones in 1 to 3 dimensions, the norms (Layer, RMS, Group,
+    Instance, and Batch in evaluation mode), Embedding and EmbeddingBag, MultiheadAttention, and RNN, LSTM and GRU,
+    tied and reused weights among them. Other layers are differentiated one example at a time, and parameters used
+    outside layers cost one backward per example. The rows are exact: on the first batch (and when a layer's output
+    fits the batch after it had not) a weighted sum of them is compared with an ordinary backward, and parameters that
+    differ are left to autograd from then on.
+
+    What belongs to a forward hangs on its graph, so any number of forwards may come before the rows of one, or of
+    losses that depend on several. Segments checkpointed with ``use_reentrant=False`` are right, but the inputs of their
+    layers are kept. A compiled model is compiled in pieces, between the layers; a part of it that had run before the
+    engine was made is left to autograd.
 
     Args:
         model: the model. Hooks are put on its layers, and taken away by `remove()` or with this object.
         check: compare the first batch with an ordinary backward.
+        independent: refuse losses that depend on other examples than their own (BatchNorm in training mode; softmax,
+            mean or products over the batch). The check finds them where a first layer is called with (a view of) the
+            model's own input; elsewhere it warns, and rows are exact. Statistics that are detached count as constants.
+            ``False`` takes the vector of losses as it is, such as residuals of an equation on a grid: rows are exact,
+            but what is mixed is left to autograd.
 
     Attributes:
         left_to_autograd: names of parameters whose layers' records proved wrong.
@@ -48,20 +60,29 @@ class PerExample:
         (torch.Size([5, 5]), torch.Size([5]))
     """
 
-    def __init__(self, model: nn.Module, *, check: bool = True):
-        self.model = model
+    def __init__(self, model: nn.Module, *, check: bool = True, independent: bool = True):
+        if not (check or independent):
+            raise ValueError("independent=False needs check=True: the check finds which layers are mixed")
+        _refuse_wrappers(model)
+        self.model, self.independent = model, independent
         self.left_to_autograd: set[str] = set()
         self._check = self._unchecked = check
         self._unfit: set[str] = set()
+        self._shared: set[str] = set()
         self._key = object()
+        entrance = Entrance()
         handles = [
-            layer.register_forward_hook(Recorder(name, self._key), with_kwargs=True)
-            for name, layer in recorded_layers(model)
+            model.register_forward_pre_hook(entrance, with_kwargs=True),
+            *(
+                layer.register_forward_hook(Recorder(name, self._key, entrance), with_kwargs=True)
+                for name, layer in recorded_layers(model)
+            ),
+            model.register_forward_hook(entrance, with_kwargs=True),  # after that of a model that is a layer itself
         ]
         self.remove = weakref.finalize(self, _remove_all, handles)
 
     def __reduce__(self) -> Any:
-        return _remade, (self.model, self._check, self.left_to_autograd)
+        return _remade, (self.model, self._check, self.independent, self.left_to_autograd)
 
     def rows(self, losses: Tensor, *, retain_graph: bool = False) -> Rows:
         """The rows of the Jacobian of `losses` with respect to the parameters that train, one per loss.
@@ -75,11 +96,14 @@ class PerExample:
 
         Raises:
             ValueError: losses of another shape, or that depend on nothing that trains.
-            UnmetNeed: a BatchNorm layer in training mode.
+            UnmetNeed: a BatchNorm layer in training mode, another operation that mixes examples, or a segment
+                checkpointed with ``use_reentrant=True``.
+            RuntimeError: inputs or parameters of a layer were changed since the forward.
         """
         _check_losses(losses)
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters() if p.requires_grad}
         found = trace(losses, self._key, lambda call: self._accepts(call, len(losses), names), names)
+        self._expect({names[p] for value in found.broadcasts for p in value.params})
         outside = found.outside(names, self.left_to_autograd)
         keep = retain_graph or self._unchecked or bool(outside)
         parts = found.collect(losses, keep=keep, last=not retain_graph)
@@ -89,13 +113,22 @@ class PerExample:
         wrong = differing(rows, losses, found.eps) if self._unchecked else None
         if wrong is None:
             return rows
+        if self.independent and wrong | outside:
+            refuse_mixing(losses, self._key)
         self._unchecked = False
         self.left_to_autograd |= {names[p] for p in wrong}
-        _warn([name for p, name in names.items() if p in outside | wrong])
+        _warn([name for p, name in names.items() if p in outside | wrong], found.lengths - {len(losses)}, len(losses))
         return assemble(parts, names, outside | wrong, losses) if wrong else rows
+
+    def _expect(self, shared: set[str]) -> None:
+        """Parameters of values that seem to be shared by the examples, perhaps for the first time: check again."""
+        self._unchecked |= self._check and not shared <= self._shared
+        self._shared |= shared
 
     def _accepts(self, call: Call, batch: int, names: dict[Tensor, str]) -> bool:
         """Whether a record is usable. Outputs that fit the batch after all may do so by accident: check again."""
+        if call.couples and not self.independent:
+            return False
         if call.couples:
             raise UnmetNeed(
                 "per-example gradients need examples that do not influence each other's outputs, but "
@@ -112,9 +145,9 @@ class PerExample:
         return True
 
 
-def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExample:
+def _remade(model: nn.Module, check: bool, independent: bool, left_to_autograd: set[str]) -> PerExample:
     """An engine of a copied or loaded model."""
-    engine = PerExample(model, check=check)
+    engine = PerExample(model, check=check, independent=independent)
     engine.left_to_autograd = left_to_autograd
     return engine
 
@@ -122,6 +155,12 @@ def _remade(model: nn.Module, check: bool, left_to_autograd: set[str]) -> PerExa
 def _remove_all(handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError("DataParallel runs copies of the layers: use DistributedDataParallel, one process per GPU")
 
 
 def _check_losses(losses: Tensor) -> None:
@@ -134,11 +173,14 @@ def _check_losses(losses: Tensor) -> None:
         raise ValueError(NOTHING_TRAINS)
 
 
-def _warn(slow: list[str]) -> None:
+def _warn(slow: list[str], lengths: set[int], batch: int) -> None:
+    """Args: lengths: of batches that the model was given, other than that of the losses."""
     if slow:
+        odd = f" (the model was called with {min(lengths)} examples for {batch} losses)" if lengths else ""
         warnings.warn(
             f"each step takes one more backward per example for {', '.join(slow[:5])}{', ...' if slow[5:] else ''}: "
-            "used outside layers, by layers that no rule describes, or before the model was watched",
+            "used outside layers, by layers that no rule describes, before the model was watched, or where examples "
+            f"influence each other{odd}",
             stacklevel=3,
         )
 

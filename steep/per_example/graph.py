@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from steep.needs import UnmetNeed
 from steep.per_example.autodiff import filled, for_each, through_broadcast
 from steep.per_example.columns import interleave
 from steep.per_example.parts import Part
@@ -32,15 +34,14 @@ class Broadcast:
     edge: GradientEdge
     shape: torch.Size
     params: tuple[Tensor, ...]
-    output_nr: int = 0
     parts: list[Part] = field(default_factory=list)
 
     def receive(self, grads: tuple[Tensor, ...]) -> None:
-        self.parts = self.parts_of(grads, len(grads[0]))
+        self.parts = self.parts_of([dict(enumerate(grads))], len(grads[0]))
 
-    def parts_of(self, grads: Sequence[Tensor], batch: int, last: bool = True) -> list[Part]:
+    def parts_of(self, columns: Sequence[dict[int, Tensor]], batch: int, last: bool = True) -> list[Part]:
         """The part of its parameters, from the gradients of the operation for each of the losses of an example."""
-        grad = interleave(grads, batch)
+        grad = interleave([column[0] for column in columns], batch)
         shape = (1,) * (grad.ndim - len(self.shape)) + tuple(self.shape)
         summed = [k for k in range(1, grad.ndim) if shape[k] == 1 and grad.shape[k] > 1]
         own = (grad.sum(summed) if summed else grad).reshape(len(grad), *self.shape)
@@ -53,16 +54,18 @@ class Trace:
 
     Args:
         calls, broadcasts: where parts will come from.
-        nodes: theirs.
+        edges: of their outputs: whose, and which of them.
         leaves: leaves used outside of them.
         ends: edges where the walk ended otherwise; with the leaves, all that a backward must reach.
+        lengths: of the batches that the model was called with.
     """
 
     calls: list[Call] = field(default_factory=list)
     broadcasts: list[Broadcast] = field(default_factory=list)
-    nodes: dict[Call | Broadcast, Node] = field(default_factory=dict)
+    edges: list[tuple[Call | Broadcast, int, GradientEdge]] = field(default_factory=list)
     leaves: dict[Any, None] = field(default_factory=dict)
     ends: list[GradientEdge] = field(default_factory=list)
+    lengths: set[int] = field(default_factory=set)
 
     @property
     def taps(self) -> list[Call | Broadcast]:
@@ -97,26 +100,29 @@ class Trace:
         try:
             inputs = [*self.ends, *self.leaves]
             torch.autograd.grad(losses, inputs, torch.ones_like(losses), retain_graph=keep, allow_unused=True)
+            for call in self.calls:
+                call.finish()
             return [part for tap in self.taps for part in tap.parts]
         finally:
             for call in self.calls:
-                call.batch, call.parts = None, []
+                call.batch, call.grads, call.parts = None, {}, []
             for hook in hooks:
                 hook.remove()
 
     def _collect_columns(self, losses: Tensor, keep: bool, last: bool) -> list[Part]:
         """The backward of the last column may let go of the graph, which the others need as a whole."""
-        edges, (batch, columns) = [GradientEdge(self.nodes[tap], tap.output_nr) for tap in self.taps], losses.shape
+        edges, (batch, columns) = [edge for _, _, edge in self.edges], losses.shape
         if not edges:
             return []
         one_hot = torch.eye(columns, dtype=losses.dtype, device=losses.device)[:, None].expand(-1, batch, -1)
         most = for_each(losses, edges, one_hot[:-1]) if columns > 1 else [None] * len(edges)
         final = torch.autograd.grad(losses, edges, one_hot[-1], retain_graph=keep, allow_unused=True)
-        parts: list[Part] = []
-        for tap, many, one in zip(self.taps, most, final, strict=True):
+        found: dict[Call | Broadcast, list[dict[int, Tensor]]] = {tap: [{} for _ in one_hot] for tap in self.taps}
+        for (tap, index, _), many, one in zip(self.edges, most, final, strict=True):
             grads = filled([*([None] * (columns - 1) if many is None else many), one])
-            parts += tap.parts_of(grads, batch, last) if grads else []
-        return parts
+            for column, grad in zip(found[tap], grads, strict=False):
+                column[index] = grad
+        return [part for tap, each in found.items() if each[0] for part in tap.parts_of(each, batch, last)]
 
 
 def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: dict[Tensor, str]) -> Trace:
@@ -128,6 +134,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
     """
     found = Trace()
     seen: set[Node] = set()
+    verdicts: dict[Call, bool] = {}  # one for all outputs of a call
     todo: list[Any] = [losses.grad_fn]
     while todo:
         node = todo.pop()
@@ -137,22 +144,35 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
             found.leaves[_leaf(node)] = None
             continue
         seen.add(node)
-        call = node.metadata.get(key)
-        if call is not None and accepts(call):
-            found.calls.append(call)
-            found.nodes[call] = node
+        call, outputs = node.metadata.get(key, (None, {}))
+        if call is not None and call not in verdicts:
+            verdicts[call] = accepts(call)
+            found.calls += [call] if verdicts[call] else []
+            found.lengths |= {call.entry} - {0}
+        if verdicts.get(call):
+            edges = [GradientEdge(node, output_nr) for output_nr in outputs]
+            found.edges += zip(repeat(call), outputs.values(), edges, strict=False)
             todo += call.upstream
-            found.ends += [] if call.upstream else [GradientEdge(node, call.output_nr)]
+            found.ends += [] if call.upstream else edges[:1]
             continue
+        _refuse_hidden(node)
         for edge in node.next_functions:
             broadcast = _broadcast(node, edge, len(losses), names)
             if broadcast is None:
                 todo.append(edge[0])
             else:
                 found.broadcasts.append(broadcast)
-                found.nodes[broadcast] = node
+                found.edges.append((broadcast, 0, GradientEdge(node, 0)))
                 found.ends.append(broadcast.edge)
     return found
+
+
+def _refuse_hidden(node: Any) -> None:
+    if node.name() == "CheckpointFunctionBackward":
+        raise UnmetNeed(
+            "per-example gradients need layers that can be watched, but torch.utils.checkpoint runs them in a graph of "
+            "its own: give it use_reentrant=False"
+        )
 
 
 def _is_leaf(node: Any) -> bool:

@@ -3,7 +3,8 @@
 `closed_form(type)` registers a rule; third parties register theirs the same way. A rule is called as
 ``rule(layer, x, grad, batch)`` with the layer's first input and the gradient of its output (of the summed
 losses), whose leading dimension is the batch or a multiple of it, and yields parts of the parameters that
-require a gradient. A layer without a rule is left to `autodiff.local`.
+require a gradient. A rule for the `whole` call gets all inputs by name, and the gradients of all outputs instead:
+``rule(layer, inputs, grads, batch)``. A layer without a rule is left to `autodiff.local`.
 """
 
 from __future__ import annotations
@@ -22,26 +23,39 @@ from steep.per_example.parts import CHUNK, Dense, Outer, Part
 
 @dataclass(frozen=True)
 class Rule:
-    """A closed form, and the number of trailing dimensions of the layer's output that belong to one sample."""
+    """A closed form; the rest is as in `closed_form`."""
 
-    parts: Callable[[Any, Tensor, Tensor, int], Iterator[Part]]
+    parts: Callable[..., Iterator[Part]]
     sample_dims: Callable[[Any], int]
+    batch_dim: Callable[[Any], int]
+    covers: Callable[[Any], bool]
+    whole: bool
 
 
 RULES: dict[type[nn.Module], Rule] = {}
 ALL_BUT_FIRST = lambda layer: -1  # noqa: E731  (a sample is whatever follows the first dimension)
 
 
-def closed_form(*layers: type[nn.Module], sample_dims: Callable[[Any], int] = lambda layer: 1) -> Callable[[Any], Any]:
+def closed_form(
+    *layers: type[nn.Module],
+    sample_dims: Callable[[Any], int] = lambda layer: 1,
+    batch_dim: Callable[[Any], int] = lambda layer: 0,
+    covers: Callable[[Any], bool] = lambda layer: True,
+    whole: bool = False,
+) -> Callable[[Any], Any]:
     """Register a rule for layers of these types.
 
     Args:
         layers: types whose own `forward` the rule describes; a subclass that overrides it is left alone.
-        sample_dims: ``sample_dims(layer)``: trailing dimensions of the output that belong to one sample.
+        sample_dims: ``sample_dims(layer)``: output dimensions that belong to one sample.
+        batch_dim: ``batch_dim(layer)``: the output's dimension that holds the samples.
+        covers: ``covers(layer)``: whether the rule describes this layer as it was configured.
+        whole: the rule takes all inputs by name and the gradients of all outputs (`None` for unused ones). It may run
+            the layer again, so one that draws random numbers is left alone.
     """
 
     def register(parts: Any) -> Any:
-        RULES.update(dict.fromkeys(layers, Rule(parts, sample_dims)))
+        RULES.update(dict.fromkeys(layers, Rule(parts, sample_dims, batch_dim, covers, whole)))
         return parts
 
     return register
@@ -51,7 +65,8 @@ def rule_of(layer: nn.Module) -> Rule | None:
     """The closed form of a layer, or `None`: no rule, an overridden `forward`, or weights that are computed."""
     for kind in type(layer).__mro__:
         if kind in RULES:
-            return RULES[kind] if type(layer).forward is kind.forward and not _computes_weights(layer) else None
+            described = type(layer).forward is kind.forward and not _computes_weights(layer)
+            return RULES[kind] if described and RULES[kind].covers(layer) else None
     return None
 
 
@@ -69,10 +84,15 @@ def trains(parameter: Tensor | None) -> TypeGuard[Tensor]:
 @closed_form(nn.Linear)
 def linear(layer: nn.Linear, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     d, a = grad.reshape(batch, -1, layer.out_features), x.reshape(batch, -1, layer.in_features)
-    if trains(layer.weight):
-        yield Outer((layer.weight, layer.bias) if trains(layer.bias) else (layer.weight,), d, a)
-    elif trains(layer.bias):
-        yield Dense((layer.bias,), d.sum(1))
+    yield from affine(layer.weight, layer.bias, d, a)
+
+
+def affine(weight: Tensor, bias: Tensor | None, d: Tensor, a: Tensor) -> Iterator[Part]:
+    """Parts of ``weight @ a + bias``, of those two that train; `d` (B, T, o) and `a` (B, T, i) as in `Outer`."""
+    if trains(weight):
+        yield Outer((weight, bias) if trains(bias) else (weight,), d, a)
+    elif trains(bias):
+        yield Dense((bias,), d.sum(1))
 
 
 Map = Callable[[Tensor], Tensor]
@@ -84,7 +104,7 @@ def scale_and_shift(layer: Any, normalize: Map, sums: Map, x: Tensor, grad: Tens
     if trains(layer.weight):
         pieces = [sums(grad[k : k + step] * normalize(x[k : k + step])) for k in range(0, len(x), step)]
         yield Dense((layer.weight,), torch.cat(pieces).reshape(batch, -1, *layer.weight.shape).sum(1))
-    if trains(layer.bias):
+    if trains(getattr(layer, "bias", None)):
         yield Dense((layer.bias,), sums(grad).reshape(batch, -1, *layer.bias.shape).sum(1))
 
 
@@ -92,10 +112,11 @@ def over_space(t: Tensor) -> Tensor:
     return t.reshape(*t.shape[:2], -1).sum(2)
 
 
-@closed_form(nn.LayerNorm, sample_dims=lambda layer: len(layer.normalized_shape))
-def layer_norm(layer: nn.LayerNorm, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+@closed_form(nn.LayerNorm, nn.RMSNorm, sample_dims=lambda layer: len(layer.normalized_shape))
+def layer_norm(layer: nn.LayerNorm | nn.RMSNorm, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     shape = layer.normalized_shape
-    normalize = partial(F.layer_norm, normalized_shape=shape, eps=layer.eps)
+    function: Any = F.rms_norm if isinstance(layer, nn.RMSNorm) else F.layer_norm
+    normalize = partial(function, normalized_shape=shape, eps=layer.eps)
     yield from scale_and_shift(layer, normalize, lambda t: t, x.reshape(-1, *shape), grad.reshape(-1, *shape), batch)
 
 
@@ -111,3 +132,15 @@ def batch_norm(layer: nn.BatchNorm2d, x: Tensor, grad: Tensor, batch: int) -> It
     mean, var = layer.running_mean, layer.running_var
     normalize = partial(F.batch_norm, running_mean=mean, running_var=var, eps=layer.eps)
     yield from scale_and_shift(layer, normalize, over_space, x, grad, batch)
+
+
+@closed_form(
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, sample_dims=lambda layer: layer._get_no_batch_dim()
+)
+def instance_norm(layer: nn.InstanceNorm2d, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+    x, grad = (t.reshape(-1, *t.shape[-layer._get_no_batch_dim() :]) for t in (x, grad))
+    if layer.training or not layer.track_running_stats:
+        normalize = partial(F.instance_norm, eps=layer.eps)
+        yield from scale_and_shift(layer, normalize, over_space, x, grad, batch)
+    else:
+        yield from batch_norm(layer, x, grad, batch)

@@ -5,8 +5,10 @@ The engine itself keeps nothing between forward and backward: records die with t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
+from inspect import Signature, signature
 from typing import Any
 
 import torch
@@ -20,67 +22,101 @@ from steep.per_example.parts import Part
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One use of a layer; its parts are made when the gradient of its output arrives.
+    """One use of a layer; its parts are made when the gradients of its outputs have arrived.
 
     Args:
         name: of the layer in the model.
+        weights: all parameters of the layer, those included that do not train.
         rule: closed form, or `None`.
-        inputs: by position or name; `versions` count their in-place modifications.
+        inputs: by position or name; `versions` count in-place modifications of them and of the weights.
         upstream: nodes (or leaves) of the graph that the inputs come from.
-        shape, dtype: of the output, which is output `output_nr` of its node.
+        shapes, dtype: of the outputs that are watched; all of them if the rule is for the whole call.
         couples: the layer mixes examples.
+        entry: length of the batch that the model was called with, if an input is that batch; else 0.
     """
 
     name: str
     layer: nn.Module
+    weights: list[nn.Parameter]
     rule: Rule | None
     inputs: dict[Any, Any]
-    versions: list[int]
+    versions: tuple[list[int], list[int]]
     upstream: list[Any]
-    shape: torch.Size
+    shapes: list[torch.Size]
     dtype: torch.dtype
-    output_nr: int
     couples: bool
+    entry: int = 0
     batch: int | None = None
     last: bool = True
+    grads: dict[int, Tensor] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
 
     @property
     def params(self) -> tuple[nn.Parameter, ...]:
-        return tuple(p for p in self.layer.parameters() if p.requires_grad)
+        return tuple(p for p in self.weights if p.requires_grad)
 
     def holds(self, batch: int) -> bool:
-        """Whether the output's leading dimension can be that of the examples."""
-        if self.rule is None:
-            return len(self.shape) > 0 and self.shape[0] == batch and not _draws(self.layer)
-        leading = self.shape[0] if len(self.shape) > self.rule.sample_dims(self.layer) else 1
-        return leading % batch == 0
+        """Whether a dimension of the (first) output can be that of the examples."""
+        shape, rule = self.shapes[0], self.rule
+        if (rule is None or rule.whole) and _draws(self.layer):
+            return False
+        if rule is None:
+            return len(shape) > 0 and shape[0] == batch
+        samples = shape[rule.batch_dim(self.layer)] if len(shape) > rule.sample_dims(self.layer) else 1
+        return samples % batch == 0
 
-    def receive(self, grad: Tensor) -> None:
-        """Tensor hook on the output; asleep unless `batch` says that rows are being collected, for the `last` time."""
-        if self.batch is not None:
-            self.parts = self.parts_of([grad], self.batch, self.last)
+    def receive(self, index: int, grad: Tensor | None) -> None:
+        """Tensor hook on an output; asleep unless `batch` says that rows are being collected."""
+        if self.batch is None or grad is None:
+            return
+        self.grads[index] = grad
+        if len(self.shapes) == 1:
+            self.finish()
 
-    def parts_of(self, grads: Sequence[Tensor], batch: int, last: bool) -> list[Part]:
-        """Parts of the layer, from the gradients of its output for each of the losses of an example."""
-        if self.versions != versions(self.inputs):
-            raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
+    def finish(self) -> None:
+        """Make the parts of the gradients that were received, if there are some."""
+        if self.batch is not None and self.grads:
+            self.parts, self.grads = self.parts_of([self.grads], self.batch, self.last), {}
+
+    def parts_of(self, columns: Sequence[dict[int, Tensor]], batch: int, last: bool) -> list[Part]:
+        """Parts of the layer, from the gradients of its outputs for each of the losses of an example.
+
+        Args:
+            last: no other rows will be made from this record.
+        """
+        self._refuse_changes()
         dtype = self.params[0].dtype  # under autocast, inputs and gradients come in other types
         inputs = {k: _plain(v, dtype) for k, v in self.inputs.items()}
+        given = [{k: grad.reshape(self.shapes[k]).to(dtype) for k, grad in grads.items()} for grads in columns]
         with torch.no_grad():
-            parts = list(self._make_parts(inputs, [grad.reshape(self.shape).to(dtype) for grad in grads], batch))
+            parts = list(self._make_parts(inputs, given, batch))
         if last:
             self.inputs = {}
         return parts
 
-    def _make_parts(self, inputs: dict[Any, Any], grads: Sequence[Tensor], batch: int) -> Iterable[Part]:
+    def _refuse_changes(self) -> None:
+        inputs, weights = versions(tensors(self.inputs)), versions(self.weights)
+        if self.versions[0] != inputs:
+            raise RuntimeError(f"an input of layer {self.name!r} was modified in place after the layer had used it")
+        if self.versions[1] != weights and not getattr(self.layer, "max_norm", None):  # which is its own doing
+            raise RuntimeError(
+                f"a parameter of layer {self.name!r} was changed between the forward and its rows (by an optimizer's "
+                "step, say): make the rows first"
+            )
+
+    def _make_parts(self, inputs: dict[Any, Any], columns: Sequence[dict[int, Tensor]], batch: int) -> Iterable[Part]:
         if self.rule is None:
-            return [local(self.layer, inputs, interleave(grads, batch), batch)]
-        x = next(iter(inputs.values()))
-        columns = [self.rule.parts(self.layer, x, grad, batch) for grad in grads]
-        if len(grads) == 1:
-            return columns[0]
-        return [part for pieces in zip(*columns, strict=True) for part in interleaved(pieces[0], pieces)]
+            return [local(self.layer, inputs, interleave([grads[0] for grads in columns], batch), batch)]
+        by_column = [self._by_rule(self.rule, inputs, grads, batch) for grads in columns]
+        if len(columns) == 1:
+            return by_column[0]
+        return [part for pieces in zip(*by_column, strict=True) for part in interleaved(pieces[0], pieces)]
+
+    def _by_rule(self, rule: Rule, inputs: dict[Any, Any], grads: dict[int, Tensor], batch: int) -> Iterable[Part]:
+        if not rule.whole:
+            return rule.parts(self.layer, next(iter(inputs.values())), grads[0], batch)
+        outputs = [grads.get(k) for k in range(len(self.shapes))]
+        return rule.parts(self.layer, arguments(self.layer, inputs), outputs, batch)
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -89,51 +125,112 @@ def _draws(layer: nn.Module) -> bool:
 
 
 def _plain(value: Any, dtype: torch.dtype) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_plain(one, dtype) for one in value)
     if not isinstance(value, Tensor):
         return value
     return value.detach().to(dtype) if value.is_floating_point() else value
 
 
-def versions(inputs: dict[Any, Any]) -> list[int]:
-    return [t._version for t in inputs.values() if isinstance(t, Tensor)]
+def arguments(layer: nn.Module, inputs: dict[Any, Any]) -> dict[str, Any]:
+    """Inputs (by position or name) under the names that the layer's `forward` has for them, with its defaults."""
+    positional = (v for k, v in inputs.items() if isinstance(k, int))
+    named = {k: v for k, v in inputs.items() if isinstance(k, str)}
+    bound = _signature(type(layer).forward).bind(layer, *positional, **named)
+    bound.apply_defaults()
+    return bound.arguments
 
 
-class Recorder:
-    """Forward hook of one layer. A copy or pickle of the model gets a hook that does nothing."""
+@cache
+def _signature(forward: Callable[..., Any]) -> Signature:
+    return signature(forward)
 
-    def __init__(self, name: str, key: object):
-        self.name, self.key = name, key
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from tensors(one)
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+
+
+def versions(values: Iterable[Tensor]) -> list[int]:
+    return [t._version for t in values]
+
+
+class Watcher:
+    """A hook on one model. A copy or pickle of the model gets a hook that does nothing."""
 
     def __reduce__(self) -> Any:
         return _Silent, ()
+
+
+class Entrance(Watcher):
+    """Before and after a forward of the whole model: notes which memory holds the batch that it was given."""
+
+    def __init__(self) -> None:
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        given = () if output or torch.compiler.is_compiling() else tensors((args, kwargs))
+        self.lengths = {memory: len(t) for t in given if t.ndim and (memory := _memory(t))}
+
+    def length(self, given: list[Tensor]) -> int:
+        """Length of the batch, if one of these is (a view of) it; else 0."""
+        return next((n for t in given if (n := self.lengths.get(_memory(t), 0))), 0) if self.lengths else 0
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except RuntimeError:  # sparse, or inside a transformation of `torch.func`
+        return 0
+
+
+class Recorder(Watcher):
+    """Forward hook of one layer."""
+
+    def __init__(self, name: str, key: object, entrance: Entrance):
+        self.name, self.key, self.entrance = name, key, entrance
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         out = first(output)
         if not isinstance(out, Tensor) or out.grad_fn is None or torch.compiler.is_compiling():
             return
         couples = isinstance(layer, nn.modules.batchnorm._BatchNorm) and (layer.training or layer.running_mean is None)
-        if couples or _trains_own(layer):
-            self._record(layer, {**dict(enumerate(args)), **kwargs}, out, couples)
+        weights = list(layer.parameters())
+        if couples or _train(weights):
+            self._record(layer, weights, {**dict(enumerate(args)), **kwargs}, output, couples)
 
-    def _record(self, layer: nn.Module, inputs: dict[Any, Any], out: Tensor, couples: bool) -> None:
-        tap = _base(out)
-        metadata: Any = tap.grad_fn.metadata  # type: ignore[union-attr]
-        if self.key in metadata:  # the layer handed on what another layer gave it
+    def _record(
+        self, layer: nn.Module, weights: list[nn.Parameter], inputs: dict[Any, Any], output: Any, couples: bool
+    ) -> None:
+        rule = rule_of(layer)
+        outputs = [t for t in tensors(output) if t.grad_fn] if rule and rule.whole else [first(output)]
+        taps: list[Any] = [_base(outputs[0]), *outputs[1:]]  # what is below another output may be used by the first
+        if self.key in taps[0].grad_fn.metadata:  # the layer handed on what another layer gave it
             return
-        upstream = [t.grad_fn or t for t in inputs.values() if isinstance(t, Tensor) and t.requires_grad]
-        metadata[self.key] = call = Call(
+        given = list(tensors(inputs))
+        upstream = [t.grad_fn or t for t in given if t.requires_grad]
+        call = Call(
             name=self.name,
             layer=layer,
-            rule=rule_of(layer),
+            weights=weights,
+            rule=rule,
             inputs=inputs,
-            versions=versions(inputs),
+            versions=(versions(given), versions(weights)),
             upstream=upstream,
-            shape=out.shape,
-            dtype=out.dtype,
-            output_nr=tap.output_nr,
+            shapes=[out.shape for out in outputs],
+            dtype=outputs[0].dtype,
             couples=couples,
+            entry=0 if upstream else self.entrance.length(given),
         )
-        tap.register_hook(call.receive)
+        for index, tap in enumerate(taps):
+            tap.grad_fn.metadata.setdefault(self.key, (call, {}))[1][tap.output_nr] = index
+            tap.register_hook(partial(call.receive, index))
 
 
 class _Silent:
@@ -141,10 +238,9 @@ class _Silent:
         pass
 
 
-def _trains_own(layer: nn.Module) -> bool:
-    """Whether the layer trains parameters; `functional_call` and `vmap` put other tensors in their place."""
-    params = list(layer.parameters())
-    return all(isinstance(p, nn.Parameter) for p in params) and any(p.requires_grad for p in params)
+def _train(weights: list[nn.Parameter]) -> bool:
+    """Whether some train, and none is another tensor that `functional_call` or `vmap` has put in its place."""
+    return all(isinstance(p, nn.Parameter) for p in weights) and any(p.requires_grad for p in weights)
 
 
 def _base(out: Tensor) -> Tensor:

@@ -103,13 +103,116 @@ def test_an_input_modified_in_place_is_refused_with_the_layers_name():
         engine.rows(losses)
 
 
+def test_a_state_modified_in_place_is_refused_too():
+    model = nn.GRU(3, 4, batch_first=True)
+    engine = PerExample(model)
+    x, state = torch.randn(5, 2, 3), torch.zeros(1, 5, 4)
+    losses = model(x, state)[0].square().sum((1, 2))
+    state.add_(1)
+    with pytest.raises(RuntimeError, match="modified"):  # by autograd or the engine
+        engine.rows(losses)
+
+
+@pytest.mark.parametrize("changed", [0, 2])
+def test_parameters_changed_between_forward_and_rows_are_refused_with_the_layers_name(changed):
+    model = mlp(3, 4, 2)
+    engine = PerExample(model)
+    losses = losses_of(model, torch.randn(5, 3, dtype=torch.float64))
+    optimizer = torch.optim.SGD(model[changed].parameters(), 0.1)
+    model(torch.randn(5, 3, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=rf"a parameter of layer '{changed}' was changed between the forward"):
+        engine.rows(losses)
+
+
+def test_rows_outlive_an_optimizers_step_or_say_that_they_do_not():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    rows, j = PerExample(model).rows(losses_of(model, x)), jacobian(model, x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    torch.testing.assert_close(rows.gram(), j @ j.T)
+    model = nn.Sequential(nn.Linear(3, 4), Scale(4), nn.Linear(4, 2)).double()
+    rows = PerExample(model).rows(losses_of(model, x))
+    rows.gram()
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="a parameter of a Scale was changed while its rows were still in use"):
+        rows.gram()
+
+
+def test_several_gpus_in_one_process_are_refused():
+    model = nn.DataParallel(mlp(3, 4, 2))
+    assert PerExample(model).rows(losses_of(model, torch.randn(5, 3, dtype=torch.float64))).gram().shape == (5, 5)
+    model.device_ids = [0, 1]  # as where there are two
+    with pytest.raises(ValueError, match="use DistributedDataParallel"):
+        PerExample(nn.Sequential(model))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last, self.reentrant = nn.Linear(3, 4), nn.Linear(4, 2), reentrant
+        self.middle = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 4))
+
+    def forward(self, x):
+        hidden = torch.utils.checkpoint.checkpoint(self.middle, self.first(x), use_reentrant=self.reentrant)
+        return self.last(torch.tanh(hidden))
+
+
+def test_checkpointed_segments():
+    model, x = Checkpointed(False).double(), torch.randn(5, 3, dtype=torch.float64)
+    engine = PerExample(model)
+    plain = nn.Sequential(model.first, model.middle, nn.Tanh(), model.last)
+    j = jacobian(plain, x)[:, [*range(16), *range(j_end := 16 + 40 + 16 + 36, j_end + 10), *range(16, j_end)]]
+    for _ in range(2):
+        rows = engine.rows(losses_of(model, x))
+        torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert engine.left_to_autograd == set()
+    assert {type(part).__name__ for part in rows.parts} == {"Outer", "Dense"}
+
+
+def test_segments_checkpointed_where_nothing_can_be_seen_are_refused_with_the_way_out():
+    model = Checkpointed(True)
+    engine = PerExample(model)
+    with pytest.raises(UnmetNeed, match="give it use_reentrant=False"):
+        engine.rows(losses_of(model, torch.randn(5, 3)))
+
+
+def test_gradients_may_be_turned_off_after_the_forward_but_not_in_it():
+    model, x = mlp(3, 4, 2), torch.randn(5, 3, dtype=torch.float64)
+    engine = PerExample(model)
+    losses, j = losses_of(model, x), jacobian(model, x)
+    with torch.no_grad():
+        rows = engine.rows(losses)
+        torch.testing.assert_close(rows.gram(), j @ j.T)
+        rows.backward(torch.ones(5))
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), j.sum(0))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            losses = losses_of(model, x)
+        with pytest.raises(ValueError, match="under no_grad"):
+            engine.rows(losses)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(7, 4, sparse=True), nn.EmbeddingBag(7, 4, sparse=True)])
+def test_layers_with_sparse_gradients_have_dense_rows(layer):
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(4, 2)).double()
+    tokens = torch.randint(7, (5, 1))
+    rows = PerExample(model).rows(losses_of(model, tokens))
+    j = jacobian(nn.Sequential(nn.Embedding(7, 4, _weight=layer.weight), nn.Flatten(), model[2]), tokens)
+    torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert not any(g.is_sparse for g in rows.vjp(torch.ones(5)))
+
+
 # ---- hooks and memory
 
 
 def test_hooks_go_with_the_engine_or_on_request():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2), nn.ReLU())
     engine = PerExample(model)
-    assert len(hooks_of(model)) == 3
+    assert len(hooks_of(model)) == 3 + 2  # the layers' and the model's own
     engine.remove()
     assert not hooks_of(model)
     engine = PerExample(model)
@@ -264,6 +367,45 @@ def test_two_forwards_make_one_loss():
     found = torch.func.jacrev(distance)({k: p.detach() for k, p in model.named_parameters()})
     j = torch.cat([t.flatten(1) for t in found.values()], 1)
     torch.testing.assert_close(rows.gram(), j @ j.T)
+
+
+def test_the_first_of_two_forwards_is_not_forgotten():
+    model = mlp(3, 6, 2)
+    a, b = torch.randn(5, 3, dtype=torch.float64), torch.randn(9, 3, dtype=torch.float64)
+    engine = PerExample(model)
+    losses_a, losses_b = losses_of(model, a), losses_of(model, b)
+    for losses, x in ((losses_a, a), (losses_b, b)):
+        j = jacobian(model, x)
+        torch.testing.assert_close(engine.rows(losses).gram(), j @ j.T)
+    assert engine.left_to_autograd == set()
+
+
+def test_rows_of_two_forwards_together():
+    model = mlp(3, 6, 2)
+    x = torch.randn(8, 3, dtype=torch.float64)
+    engine = PerExample(model)
+    with pytest.warns(UserWarning, match="called with 4 examples for 8 losses"):
+        rows = engine.rows(torch.cat([losses_of(model, x[:4]), losses_of(model, x[4:])]))
+    j = jacobian(model, x)
+    torch.testing.assert_close(rows.gram(), j @ j.T)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_compiled_model(late):
+    """Compiled in pieces where the layers' hooks are; as a whole, and left to autograd, where they came too late."""
+    torch._dynamo.reset()
+    model, x = mlp(3, 6, 2), torch.randn(5, 3, dtype=torch.float64)
+    compiled = torch.compile(model, backend="aot_eager")
+    if late:
+        compiled(x)
+    engine, j = PerExample(model), jacobian(model, x)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            rows = engine.rows(losses_of(compiled, x))
+            torch.testing.assert_close(rows.gram(), j @ j.T)
+    assert {type(part).__name__ for part in rows.parts} == {"Blocks" if late else "Outer"}
+    assert any("each step takes" in str(w.message) for w in told) == late
 
 
 def test_two_losses_of_one_forward():
@@ -423,6 +565,21 @@ def test_a_layer_whose_output_fits_a_later_batch_by_accident_is_checked_then():
         j = jacobian(model, x)
         torch.testing.assert_close(rows.gram(), j @ j.T)
     assert engine.left_to_autograd == {"linear.weight", "linear.bias"}
+
+
+def test_a_value_that_seems_to_be_shared_by_a_later_batch_is_checked_then():
+    model = mlp(3, 2)
+    model.bias = nn.Parameter(torch.randn(3, dtype=torch.float64))
+    engine = PerExample(model)
+    for batch in (5, 4, 5):  # of 4 positions
+        x = torch.randn(4, batch, 3, dtype=torch.float64)
+        losses = model[0](torch.tanh(x + model.bias).transpose(0, 1)).square().sum((1, 2))
+        rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+        j = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.testing.assert_close(engine.rows(losses).gram(), j @ j.T)
+    assert engine.left_to_autograd == {"bias"}
 
 
 def test_an_odd_batch_does_not_make_the_others_slow():

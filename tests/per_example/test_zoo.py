@@ -53,12 +53,13 @@ def test_rows_do_not_depend_on_the_chunk(name, tiny_chunks):
 
 
 NEED_THE_CHECK = {
-    "attention_time_first_with_as_many_positions_as_examples",
     "time_first_linear_with_as_many_positions_as_examples",
-    "recurrent",
+    "lstm_with_projected_states",
+    "recurrence_with_computed_weights",
+    "bag_scaled_by_frequency",
     "layer_with_a_buffer_that_it_changes",
 }
-"""Where shapes cannot tell, where `vmap` cannot go, and what does not do the same twice."""
+"""Where shapes cannot tell, where `vmap` cannot go, what depends on the batch, and what does not do the same twice."""
 
 
 @pytest.mark.parametrize("name", sorted(zoo.ZOO.keys() - NEED_THE_CHECK))
@@ -97,6 +98,31 @@ FAST = [
     "channels_last",
     "windows_in_the_batch_dimension",
     "trees_in_and_out",
+    "instance_and_rms_norm",
+    "instance_norms_of_all_kinds",
+    "rms_norms",
+    "bag_of_tokens",
+    "bag_whose_mean_counts_no_padding",
+    "bag_of_the_largest",
+    "bags_of_different_lengths",
+    "attention",
+    "attention_whose_weights_count",
+    "attention_time_first_with_as_many_positions_as_examples",
+    "attention_with_masks",
+    "causal_attention_in_evaluation_mode",
+    "cross_attention",
+    "cross_attention_of_three_widths_time_first",
+    "attention_frozen_in_part",
+    "transformer_with_encoder_and_decoder",
+    "recurrent",
+    "lstm_of_two_layers_in_both_directions",
+    "lstm_whose_states_count_time_first",
+    "gru_from_a_state_of_its_own",
+    "lstm_from_states_of_its_own",
+    "gru_without_bias",
+    "plain_recurrence_used_twice",
+    "recurrence_with_a_frozen_weight",
+    "recurrence_of_windows_in_the_batch_dimension",
     "input_that_needs_a_gradient",
 ]
 
@@ -108,7 +134,9 @@ def test_closed_forms_are_used_where_there_are_some(name):
     assert "Blocks" not in {type(part).__name__ for part in rows.parts}
 
 
-@pytest.mark.parametrize("name", ["gpt_with_shared_positions", "vit_with_class_token", "attention", "custom_layer"])
+@pytest.mark.parametrize(
+    "name", ["gpt_with_shared_positions", "vit_with_class_token", "attention_with_keys_of_its_own", "custom_layer"]
+)
 def test_no_backward_per_example_where_a_layer_or_a_broadcast_can_be_differentiated_alone(name):
     model, x = build(name)
     with warnings.catch_warnings():
@@ -120,9 +148,10 @@ def test_no_backward_per_example_where_a_layer_or_a_broadcast_can_be_differentia
     ("name", "slow"),
     [
         ("parameters_outside_layers", "scale"),
-        ("recurrent", "lstm.weight_ih_l0"),
+        ("lstm_with_projected_states", "lstm.weight_hr_l0"),
+        ("packed_sequences", "gru.weight_ih_l0"),
+        ("dropout_between_recurrent_layers", "lstm.weight_ih_l0"),
         ("derivative_in_the_loss", "net.0.weight"),
-        ("attention_time_first_with_as_many_positions_as_examples", "attention.in_proj_weight"),
         ("dropout_in_attention", "self_attn.in_proj_weight"),
     ],
 )

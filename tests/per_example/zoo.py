@@ -163,6 +163,34 @@ def instance_and_rms_norm():
 
 
 @entry
+def instance_norms_of_all_kinds():
+    volume, running = nn.InstanceNorm3d(2, affine=True), nn.InstanceNorm2d(2, affine=True, track_running_stats=True)
+    running.running_mean.normal_()
+    fixed = nn.InstanceNorm1d(2, affine=True, track_running_stats=True)
+    fixed.running_var.uniform_(0.5, 2)
+    return Apply(
+        lambda m, x: m.fixed(m.running(m.volume(m.conv(x)).flatten(3)).flatten(2)),
+        conv=nn.Conv3d(1, 2, 1),
+        volume=volume,
+        running=running,
+        fixed=fixed.eval(),
+    ), images(1, 3, 2, 2)
+
+
+@entry
+def instance_norm_without_batch_dimension():
+    norm = nn.InstanceNorm1d(2, affine=True)
+    return Apply(lambda m, x: m.norm(m.conv(x[0]))[None], conv=nn.Conv1d(2, 2, 2), norm=norm), torch.randn(1, 2, 6)
+
+
+@entry
+def rms_norms():
+    return nn.Sequential(
+        nn.RMSNorm((4, 6), eps=1e-3), nn.Linear(6, 6), nn.RMSNorm(6), nn.RMSNorm(6, elementwise_affine=False)
+    ), images(4, 6)
+
+
+@entry
 def embedding_with_padding():
     return nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(24, 2)), tokens(7, 6)
 
@@ -173,8 +201,53 @@ def embedding_of_rare_tokens():
 
 
 @entry
+def embedding_that_shortens_its_vectors():
+    embedding = nn.Embedding(7, 4, max_norm=1.0)
+    return Apply(lambda m, x: m.embedding(x) * m.embedding(x.flip(1)), embedding=embedding), tokens(7, 3)
+
+
+@entry
 def embedding_scaled_by_frequency():
     return nn.Sequential(nn.Embedding(7, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(8, 2)), tokens(7, 2)
+
+
+@entry
+def bag_of_tokens():
+    return nn.Sequential(nn.EmbeddingBag(7, 4, mode="sum"), nn.Linear(4, 2)), tokens(7, 6)
+
+
+@entry
+def bag_whose_mean_counts_no_padding():
+    x = tokens(4, 6)
+    x[2] = 0
+    return nn.Sequential(nn.EmbeddingBag(7, 4, padding_idx=0), nn.Tanh()), x
+
+
+@entry
+def bag_of_the_largest():
+    return nn.Sequential(nn.EmbeddingBag(7, 4, mode="max", padding_idx=1), nn.Linear(4, 2)), tokens(7, 5)
+
+
+@entry
+def bags_of_different_lengths():
+    def bags(m, x):
+        inside = torch.arange(4) < x["lengths"][:, None]
+        words, weights, ends = x["tokens"][inside], x["weights"][inside], x["lengths"].cumsum(0)
+        starts = ends - x["lengths"]
+        ends = torch.cat([starts[:1], ends])
+        return m.mean(words, starts), m.sum(words, offsets=ends, per_sample_weights=weights), m.max(words, starts)
+
+    return Apply(
+        bags,
+        mean=nn.EmbeddingBag(7, 4),
+        sum=nn.EmbeddingBag(7, 4, mode="sum", include_last_offset=True),
+        max=nn.EmbeddingBag(7, 4, mode="max"),
+    ), {"tokens": tokens(7, 4), "weights": images(4), "lengths": torch.tensor([3, 0, 1, 4, 3])}
+
+
+@entry
+def bag_scaled_by_frequency():
+    return nn.Sequential(nn.EmbeddingBag(7, 4, mode="sum", scale_grad_by_freq=True), nn.Linear(4, 2)), tokens(7, 6)
 
 
 def tie(a: nn.Module, b: nn.Module) -> nn.Module:
@@ -302,6 +375,97 @@ def time_first_linear_with_as_many_positions_as_examples():
 
 
 @entry
+def attention_with_masks():
+    def masked(m, given):
+        x, lengths = given
+        padding = torch.arange(4) >= lengths[:, None]
+        causal = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        return m.attention(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=False)[0]
+
+    model = Apply(masked, attention=nn.MultiheadAttention(8, 2, bias=False, batch_first=True))
+    return model, (images(4, 8), torch.tensor([4, 2, 3, 4, 1]))
+
+
+@entry
+def causal_attention_in_evaluation_mode():
+    def causal(m, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+        return m.attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+    return Apply(causal, attention=nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True)).eval(), images(4, 8)
+
+
+@entry
+def attention_whose_heads_weights_count():
+    return Apply(
+        lambda m, x: m.attention(x, x, x, average_attn_weights=False)[1],
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+    ), images(4, 8)
+
+
+@entry
+def cross_attention():
+    return Apply(
+        lambda m, x: m.attention(m.ask(x[0]), x[1], value=x[1])[0],
+        ask=nn.Linear(3, 8),
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+    ), (images(3, 3), images(4, 8))
+
+
+@entry
+def cross_attention_of_three_widths_time_first():
+    return Apply(
+        lambda m, x: m.attention(*(t.transpose(0, 1) for t in x))[0].transpose(0, 1),
+        attention=nn.MultiheadAttention(8, 4, kdim=3, vdim=5),
+    ), (images(3, 8), images(4, 3), images(4, 5))
+
+
+@entry
+def attention_frozen_in_part():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    attention.in_proj_weight.requires_grad_(False)
+    attention.out_proj.bias.requires_grad_(False)
+    return Apply(lambda m, x: m.attention(x, x, x)[0], attention=attention), images(4, 8)
+
+
+@entry
+def attention_with_computed_weights():
+    a, b = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+    nn.utils.weight_norm(a, "in_proj_weight")
+    weight_norm(b.out_proj)
+    return Apply(lambda m, x: m.b(*3 * (m.a(x, x, x)[0],))[0], a=a, b=b), images(3, 8)
+
+
+@entry
+def recurrence_with_computed_weights():
+    a, b = nn.GRU(3, 4, batch_first=True), nn.RNN(4, 4, batch_first=True)
+    nn.utils.weight_norm(a, "weight_hh_l0")
+    weight_norm(b, "weight_hh_l0")
+    return Apply(lambda m, x: m.b(m.a(x)[0])[0], a=a, b=b), images(3, 3)
+
+
+@entry
+def attention_without_batch_dimension():
+    return Apply(lambda m, x: m.attention(*3 * (x[0],))[0][None], attention=nn.MultiheadAttention(8, 2)), (
+        torch.randn(1, 4, 8)
+    )
+
+
+@entry
+def attention_with_keys_of_its_own():
+    return Apply(
+        lambda m, x: m.attention(x, x, x)[0],
+        attention=nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    ), images(4, 8)
+
+
+@entry
+def transformer_with_encoder_and_decoder():
+    model = nn.Transformer(8, 2, 1, 1, 12, dropout=0.0, batch_first=True)
+    return Apply(lambda m, x: m.transformer(*x), transformer=model), (images(3, 8), images(4, 8))
+
+
+@entry
 def encoder_layer():
     return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), images(4, 8)
 
@@ -314,6 +478,96 @@ def dropout_in_attention():
 @entry
 def recurrent():
     return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 4, batch_first=True)), images(4, 3)
+
+
+@entry
+def lstm_of_two_layers_in_both_directions():
+    return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)), images(4, 3)
+
+
+@entry
+def lstm_whose_states_count_time_first():
+    def states(m, x):
+        out, (h, c) = m.lstm(x.transpose(0, 1))
+        return m.head(out[-1] + h[0]), c[1]
+
+    return Apply(states, lstm=nn.LSTM(3, 4, 2), head=nn.Linear(4, 2)), images(B, 3)
+
+
+@entry
+def gru_from_a_state_of_its_own():
+    def decode(m, x):
+        return m.head(m.gru(x, torch.tanh(m.encode(x.sum(1)))[None].tile(2, 1, 1))[1][-1])
+
+    return Apply(
+        decode, encode=nn.Linear(3, 4), gru=nn.GRU(3, 4, batch_first=True, bidirectional=True), head=nn.Linear(4, 2)
+    ), images(4, 3)
+
+
+@entry
+def lstm_from_states_of_its_own():
+    def decode(m, x):
+        h, c = m.encode(x.mean(1))[None].expand(2, -1, -1).chunk(2, 2)
+        return m.lstm(x, (h, c))[0]
+
+    return Apply(decode, encode=nn.Linear(3, 8), lstm=nn.LSTM(3, 4, 2, batch_first=True)), images(4, 3)
+
+
+@entry
+def gru_without_bias():
+    return Apply(lambda m, x: m.gru(x)[0], gru=nn.GRU(3, 4, 2, bias=False, batch_first=True)), images(3, 3)
+
+
+@entry
+def plain_recurrence_used_twice():
+    rnn = nn.RNN(4, 4, nonlinearity="relu", batch_first=True)
+    rnn.bias_hh_l0.requires_grad_(False)
+    return Apply(lambda m, x: m.rnn(m.rnn(x)[0])[0], rnn=rnn), images(3, 4)
+
+
+@entry
+def recurrence_with_a_frozen_weight():
+    lstm = nn.LSTM(3, 4, batch_first=True)
+    lstm.weight_ih_l0.requires_grad_(False)
+    return Apply(lambda m, x: m.lstm(x)[0], lstm=lstm), images(3, 3)
+
+
+@entry
+def recurrence_of_windows_in_the_batch_dimension():
+    return Apply(
+        lambda m, x: m.gru(x.flatten(0, 1))[0].unflatten(0, (-1, 2)), gru=nn.GRU(3, 4, batch_first=True)
+    ), images(2, 3, 3)
+
+
+@entry
+def lstm_with_projected_states():
+    return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 4, batch_first=True, proj_size=2)), images(3, 3)
+
+
+@entry
+def dropout_between_recurrent_layers():
+    return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 4, 2, batch_first=True, dropout=0.3)), images(3, 3)
+
+
+@entry
+def packed_sequences():
+    def padded(m, given):
+        packed = nn.utils.rnn.pack_padded_sequence(*given, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(m.gru(packed)[0], True)[0]
+
+    return Apply(padded, gru=nn.GRU(3, 4, batch_first=True)), (images(4, 3), torch.tensor([2, 4, 1, 3, 4]))
+
+
+@entry
+def cells():
+    def steps(m, x):
+        h, (a, c) = x.new_zeros(len(x), 4), (x.new_zeros(len(x), 4),) * 2
+        for one in x.unbind(1):
+            h = m.gru(one, h)
+            a, c = m.lstm(h, (a, c))
+        return a
+
+    return Apply(steps, gru=nn.GRUCell(3, 4), lstm=nn.LSTMCell(4, 4)), images(3, 3)
 
 
 @entry
