@@ -180,13 +180,11 @@ class Outer(Sliced):
     a: Tensor
 
     def __post_init__(self) -> None:
-        self.batch, (self.positions, self.outputs) = max(len(self.d), len(self.a)), self.d.shape[1:]
+        size, self.positions, self.outputs = self.d.shape
+        examples = len(self.a)
+        self.batch = max(size, examples)
+        self.share = self.batch // examples  # R, the number of rows with the same inputs
         self.has_bias = len(self.params) == 2
-
-    @property
-    def share(self) -> int:
-        """R, the number of rows that share their inputs."""
-        return self.batch // len(self.a)
 
     @property
     def height(self) -> int:
