@@ -276,7 +276,8 @@ class AdaGradNorm(Optimizer):
         loss = evaluated(closure)
         moving = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         descents = [self._accumulate(group, p) for group, p in moving]
-        sums = [self.state[p]["sum"] for group in self.param_groups if not group["row_wise"] for p in group["params"]]
+        whole = [p for group in self.param_groups if not group["row_wise"] for p in group["params"]]
+        sums = [self.state[p]["sum"] for p in whole if p in self.state]
         for (group, p), g in zip(moving, descents, strict=True):
             own = self.state[p]["sum"].view(p.shape[:1] + (1,) * (p.ndim - 1)) if group["row_wise"] else None
             total = sum(s.to(p.device) for s in sums) if own is None else own

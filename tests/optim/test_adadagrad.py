@@ -38,7 +38,7 @@ def network(seed=0, dtype=torch.float64):
 
 def examples(n, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 8, 8, generator=g, dtype=dtype), torch.randint(3, (n,), generator=g)
+    return torch.randn(n, 1, 8, 8, generator=g, dtype=torch.float64).to(dtype), torch.randint(3, (n,), generator=g)
 
 
 def losses(model, batch):
@@ -67,7 +67,7 @@ def reference(g, test, eta, nu):
     }[test]
 
 
-def tested(model, batch, parts=1, size=2, **options):
+def after_a_batch(model, batch, parts=1, size=2, **options):
     """A rule after one batch, in so many parts of unequal sizes."""
     rule, n = AdaptiveBatchSize(model, Size(size), **options), len(batch[1])
     cuts = [n * k * k // parts**2 for k in range(1, parts)]
@@ -86,7 +86,7 @@ def tested(model, batch, parts=1, size=2, **options):
 def test_demands_are_the_formulas_on_explicit_gradients(test, eta, nu, n):
     model, batch = network(), examples(n)
     expected = reference(gradients(model, batch), test, eta, nu)
-    rule = tested(model, batch, test=test, eta=eta, nu=nu)
+    rule = after_a_batch(model, batch, test=test, eta=eta, nu=nu)
     assert rule.demand == pytest.approx(expected, rel=1e-9)
     assert rule.batches.batch_size == max(2, np.ceil(expected))
 
@@ -95,12 +95,12 @@ def test_demands_in_single_precision():
     model, batch = network(dtype=torch.float32), examples(16, dtype=torch.float32)
     for test in ("norm", "inner-product", "augmented"):
         expected = reference(gradients(network(), examples(16)), test, 0.5, 1.0)
-        assert tested(model, batch, test=test).demand == pytest.approx(expected, rel=1e-3)
+        assert after_a_batch(model, batch, test=test).demand == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_gradient_is_the_mean():
     model, twin, batch = network(), network(), examples(9)
-    tested(model, batch)
+    after_a_batch(model, batch)
     losses(twin, batch).mean().backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
@@ -110,7 +110,7 @@ def test_the_gradient_is_the_mean():
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_a_batch_in_parts_counts_as_one(test, parts):
     model, twin, batch = network(), network(), examples(17)
-    whole, rule = tested(twin, batch, test=test), tested(model, batch, parts, test=test)
+    whole, rule = after_a_batch(twin, batch, test=test), after_a_batch(model, batch, parts, test=test)
     assert rule.demand == pytest.approx(whole.demand, rel=1e-8)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13)
@@ -119,7 +119,7 @@ def test_a_batch_in_parts_counts_as_one(test, parts):
 @pytest.mark.parametrize("test", ["inner-product", "augmented"])
 def test_inner_products_need_the_batch_whole(test):
     with pytest.raises(RuntimeError, match=f"test='{test}' needs batches whole: accumulate=1, or test='norm'"):
-        tested(network(), examples(8), 2, test=test)
+        after_a_batch(network(), examples(8), 2, test=test)
 
 
 class Point(nn.Module):
@@ -154,15 +154,15 @@ def test_on_squared_distances_the_noise_is_the_covariance_of_the_data():
 
 def test_noise_splits_into_what_is_along_the_mean_and_what_is_across():
     model, batch = network(), examples(12)
-    along = tested(model, batch, test="inner-product", eta=1.0).demand
-    across = tested(model, batch, test="augmented", eta=1e6, nu=1.0).demand
-    assert tested(model, batch, test="norm", eta=1.0).demand == pytest.approx(along + across, rel=1e-9)
+    along = after_a_batch(model, batch, test="inner-product", eta=1.0).demand
+    across = after_a_batch(model, batch, test="augmented", eta=1e6, nu=1.0).demand
+    assert after_a_batch(model, batch, test="norm", eta=1.0).demand == pytest.approx(along + across, rel=1e-9)
 
 
 @pytest.mark.parametrize("test", TESTS)
 def test_equal_examples_never_ask_for_more(test):
     x, y = examples(1, dtype=torch.float32)
-    rule = tested(network(dtype=torch.float32), (x.expand(8, -1, -1, -1), y.expand(8)), test=test, eta=1e-2)
+    rule = after_a_batch(network(dtype=torch.float32), (x.expand(8, -1, -1, -1), y.expand(8)), test=test, eta=1e-2)
     assert rule.demand < 1
     assert rule.batches.batch_size == 2
 
@@ -177,15 +177,13 @@ def test_a_zero_mean_keeps_the_size(test):
     assert (rule.demand, rule.batches.batch_size) == (0, 2)
 
 
-@pytest.mark.filterwarnings("ignore:each step takes one more backward")
 def test_the_noise_is_estimated_without_bias():
-    """Var with 1/(b-1): over batches of 4 out of a normal distribution, numerators average to its variance, 2 a step."""
+    """Var with 1/(b-1): over batches of 4 from a normal distribution, numerators average to its variance, 1 + 1."""
     g, found = torch.Generator().manual_seed(0), []
-    rule = AdaptiveBatchSize(Point(torch.zeros(2, dtype=torch.float64)), Size())
+    rule = AdaptiveBatchSize(nn.Linear(2, 1, bias=False).double(), Size())
     for _ in range(1500):
         x = 3 + torch.randn(4, 2, generator=g, dtype=torch.float64)
-        rule.engine.model.zero_grad()
-        rule(rule.engine.model(x))
+        rule(rule.engine.model(x).squeeze(1))  # the gradients are x
         rule.step()
         rule.batches.batch_size = 2
         found.append(rule.demand * 0.25 * float(x.mean(0).square().sum()))
@@ -195,8 +193,8 @@ def test_the_noise_is_estimated_without_bias():
 
 
 def test_short_batches_are_not_tested():
-    assert tested(network(), examples(7), size=8).batches.asked == []
-    assert len(tested(network(), examples(8), size=8).batches.asked) == 1
+    assert after_a_batch(network(), examples(7), size=8).batches.asked == []
+    assert len(after_a_batch(network(), examples(8), size=8).batches.asked) == 1
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_size_alone():
@@ -209,7 +207,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_size_alone():
 
 def test_interval():
     model, batch = network(), examples(8)
-    rule = AdaptiveBatchSize(model, Size(), interval=3)
+    rule = AdaptiveBatchSize(model, Size(), eta=1e9, interval=3)
     for _ in range(7):
         rule(losses(model, batch))
         rule.step()
@@ -326,7 +324,7 @@ def test_a_plain_loop_is_the_training_of_the_recipe(adapt):
 def test_accumulation_takes_the_same_path():
     whole, parts = (fit(card.apply(recipe(), eta=1.0), accumulate=k) for k in (1, 3))
     np.testing.assert_allclose(parts.history.losses, whole.history.losses, rtol=1e-3)
-    assert len(parts.history.losses) < 40
+    assert len(parts.history.losses) < 50
 
 
 def test_budget_is_examples_and_updates_are_few():
@@ -353,7 +351,7 @@ def test_composes_with_a_curriculum_of_images():
 
 @pytest.mark.parametrize("test", TESTS)
 def test_state_of_the_rule(test):
-    rule = tested(network(), examples(8), test=test)
+    rule = after_a_batch(network(), examples(8), test=test)
     other = AdaptiveBatchSize(network(), Size(), test=test)
     file = io.BytesIO()
     torch.save(rule.state_dict(), file)
@@ -368,18 +366,16 @@ def test_state_of_the_rule(test):
 
 
 @pytest.mark.parametrize(("adapt", "lr"), [("coordinate", 0.05), ("norm", 1.0)])
-def test_growing_batches_learn_with_fewer_updates_what_fixed_ones_of_as_few_updates_do_not(adapt, lr):
-    """Equal examples, equal updates, three seeds: small batches first are better than one size for all."""
-    gains = []
+def test_an_update_on_growing_batches_is_worth_more_than_one_on_the_first_size(adapt, lr):
+    """Three epochs of growing batches against as many updates of 8 examples, three paired seeds."""
+    base, gains = recipe(budget=steep.Budget(epochs=3)), []
     for seed in range(3):
-        method = card.apply(recipe(budget=steep.Budget(epochs=3)), eta=1.0, lr=lr, adapt=adapt)
-        ours = fit(method, seed=seed)
-        size = round(ours.examples / len(ours.history.losses))
-        fixed = card.apply(recipe(budget=steep.Budget(epochs=3)), eta=1e9, lr=lr, adapt=adapt, initial=size)
-        other = fit(fixed, seed=seed)
-        assert len(other.history.losses) == pytest.approx(len(ours.history.losses), abs=5)
-        gains.append(ours.test["accuracy"] - other.test["accuracy"])
-    assert min(gains) > 0.02
+        ours = fit(card.apply(base, lr=lr, adapt=adapt), seed=seed)
+        brief = base.replace(budget=steep.Budget(steps=len(ours.history.losses)))
+        small = fit(card.apply(brief, eta=1e9, lr=lr, adapt=adapt), seed=seed)
+        assert len(small.history.losses) == len(ours.history.losses) < 405 / 10
+        gains.append(ours.test["accuracy"] - small.test["accuracy"])
+    assert min(gains) > 0.05
 
 
 # ---- AdaGrad-Norm
