@@ -15,8 +15,9 @@ class GrowingBatches:
     """A loader whose batch size may be set between batches, by a test of the gradients or by hand.
 
     It drives the batch sampler of the loader it is given, which is left as it was. Workers of a `DataLoader` fetch
-    ahead, so that with them a new size comes some batches later. Time goes by examples: `elapsed` counts batches of the size the loader came with,
-    which makes a schedule by examples ``LambdaLR(optimizer, lambda _: 1 - batches.elapsed / total_steps)``.
+    ahead, so that with them a new size comes some batches later. Time goes by examples: `elapsed` counts batches of
+    the size the loader came with, so that ``LambdaLR(optimizer, lambda _: 1 - batches.elapsed / total_steps)`` is a
+    schedule by examples. `fit` steps its schedules by that count, and its budget is as many examples as ever.
 
     Args:
         loader: a `DataLoader`, or whatever iterates over one, with a `BatchSampler` that keeps the last short batch.

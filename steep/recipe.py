@@ -176,7 +176,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss`, `score` or the factory `backward` for a run: from a factory, or `late` from the run."""
+        """Build `model`, `loss`, `score` or the factory `backward` for a run: as given, or `late` from the run."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)

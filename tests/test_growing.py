@@ -286,7 +286,13 @@ def growing(regression, every=2, **sizes):
 @pytest.mark.parametrize("initial", [2, 8, 20])
 @pytest.mark.parametrize(
     ("budget", "examples"),
-    [({"epochs": 4}, 160), ({"epochs": 2.5}, 104), ({"steps": 7}, 56), ({"steps": 1}, 8), ({"epochs": 4, "steps": 3}, 24)],
+    [
+        ({"epochs": 4}, 160),
+        ({"epochs": 2.5}, 104),
+        ({"steps": 7}, 56),
+        ({"steps": 1}, 8),
+        ({"epochs": 4, "steps": 3}, 24),
+    ],
 )
 def test_a_budget_is_as_many_examples_whatever_the_batches(regression, every, initial, budget, examples):
     recipe = regression.replace(budget=steep.Budget(**budget))

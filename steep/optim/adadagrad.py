@@ -26,8 +26,9 @@ What differs from the authors' code, and why:
 - batches shorter than b, at the end of an epoch, are not tested.
 - Time is counted in examples: budget and learning rate schedule last as many examples as with the batches
   of the size that the loader came with (theirs count examples too).
-Unsure: whether the experiments of the paper ever used the coordinate-wise test of its theory; the code does not have it.
-One coordinate near zero is enough for it to ask for everything.
+- the first test comes after `interval` steps; theirs at once, which is the same by default.
+Unsure: whether the experiments of the paper ever used the coordinate-wise test of its theory; the code has none. One
+coordinate near zero is enough for it to ask for everything.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class AdaptiveBatchSize:
             losses: of the examples, shape (B,). Where a batch is given in parts, all up to `step` are one batch.
             scale: multiplies the gradient.
         """
-        if self.steps % self.interval or self.batches.batch_size >= self.batches.maximum:
+        if (self.steps + 1) % self.interval or self.batches.batch_size >= self.batches.maximum:
             return Mean()(losses, scale=scale)
         rows = self.engine.rows(losses)
         found, mean = moments(rows, len(losses), self.test)
@@ -337,7 +338,7 @@ def adadagrad(
     return batches, rule, _optimizer([p for p in model.parameters() if p.requires_grad], lr, adapt)
 
 
-def _optimizer(params: Any, lr: float, adapt: str) -> Optimizer:
+def _optimizer(params: Any, lr: float = 0.05, adapt: str = "coordinate") -> Optimizer:
     require("adapt", adapt, adapt in ADAPT, f"one of {', '.join(ADAPT)}")
     check_ranges({"lr": lr}, {"lr": "[0, inf)"})
     return Adagrad(params, lr=lr) if adapt == "coordinate" else AdaGradNorm(params, lr=lr, row_wise=adapt == "row")
@@ -345,7 +346,7 @@ def _optimizer(params: Any, lr: float, adapt: str) -> Optimizer:
 
 def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
     sizes = {name: hyper.pop(name) for name in ("initial", "maximum") if name in hyper}
-    step = {"lr": 0.05, "adapt": "coordinate"} | {name: hyper.pop(name) for name in ("lr", "adapt") if name in hyper}
+    step: dict[str, Any] = {name: hyper.pop(name) for name in ("lr", "adapt") if name in hyper}
 
     def data(generator: torch.Generator) -> Data:
         plain = recipe.data(generator)
@@ -360,15 +361,13 @@ def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
 
 card = Card(
     id="adadagrad",
-    paper=Paper(
-        "AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods", arxiv="2402.11215", year=2024
-    ),
+    paper=Paper("AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods", arxiv="2402.11215", year=2024),
     changes="optim",
     make=adadagrad,
     plug=_plug,
     space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*ADAPT)},
     needs=AdaptiveBatchSize.needs,
-    variants={"initial": 4, "maximum": 16, "test": "coordinate-wise"},
+    variants={"initial": 4, "maximum": 16, "test": "inner-product", "eta": 2.0},
     neutral={"nu"},  # of the augmented test only
     formula="b = max(b, ceil(sum_j Var_j(g_i) / (eta^2 |g|^2)));  s_j += g_j^2;  p_j -= lr g_j / sqrt(s_j)",
 )
