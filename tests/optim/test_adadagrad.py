@@ -349,6 +349,11 @@ def test_composes_with_a_curriculum_of_images():
         assert len(result.history.losses) < 75
 
 
+def test_another_backward_rule_is_refused():
+    with pytest.raises(ValueError, match="beside another backward rule"):
+        steep.compose(recipe(), [(steep.card("coherence"), {}), (card, {})])
+
+
 @pytest.mark.parametrize("test", TESTS)
 def test_state_of_the_rule(test):
     rule = after_a_batch(network(), examples(8), test=test)
