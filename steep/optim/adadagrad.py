@@ -346,7 +346,7 @@ def _optimizer(params: Any, lr: float = 0.05, adapt: str = "coordinate") -> Opti
 
 def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
     if recipe.backward is not Mean:
-        raise ValueError("adadagrad takes the place of the mean gradient, and cannot stand beside another backward rule")
+        raise ValueError("adadagrad takes the place of the plain mean: it cannot stand beside another backward rule")
     sizes = {name: hyper.pop(name) for name in ("initial", "maximum") if name in hyper}
     step: dict[str, Any] = {name: hyper.pop(name) for name in ("lr", "adapt") if name in hyper}
 
