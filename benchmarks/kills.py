@@ -132,24 +132,28 @@ def killed_until_done(
     """One study, killed at most `kills` times, brought to its end."""
     found: dict[str, Any] = {"group": 0, "worker": 0, "errors": 0, "wrong": []}
     watch, process = Watch(out), start(recipe, out, *sizes)
-    while True:
-        left = found["group"] + found["worker"] < kills
-        try:
-            process.wait(choice.uniform(0, length) if left else 600)
-        except subprocess.TimeoutExpired:
-            whole = choice.random() < 0.5
-            if kill(process, whole, choice):
-                found["group" if whole else "worker"] += 1
-        found["wrong"] += watch.look()
-        if process.poll() == 0:
-            found["drafts"] = len(list(out.rglob("*.part")))
-            found["runs"] = len(watch.seen)
-            return found
-        if process.poll() is not None:
-            found["errors"] += process.returncode != -signal.SIGKILL
-            if found["errors"] > 5:
-                raise RuntimeError(out.with_suffix(".log").read_text()[-3000:])
-            process = start(recipe, out, *sizes)
+    try:
+        while True:
+            left = found["group"] + found["worker"] < kills
+            try:
+                process.wait(choice.uniform(0, length) if left else 600)
+            except subprocess.TimeoutExpired:
+                whole = choice.random() < 0.5
+                if kill(process, whole, choice):
+                    found["group" if whole else "worker"] += 1
+            found["wrong"] += watch.look()
+            if process.poll() == 0:
+                found["drafts"] = len(list(out.rglob("*.part")))
+                found["runs"] = len(watch.seen)
+                return found
+            if process.poll() is not None:
+                found["errors"] += process.returncode != -signal.SIGKILL
+                if found["errors"] > 5:
+                    raise RuntimeError(out.with_suffix(".log").read_text()[-3000:])
+                process = start(recipe, out, *sizes)
+    finally:
+        if process.poll() is None:
+            kill(process, True, choice)
 
 
 def measure(kills: int, folder: Path, trials: int = 4, seeds: int = 6, seed: int = 0) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 The arms take turns, one step each, in one process and one thread; CPU seconds. Goals of the house: whole step <= 3.0 on
 the MLP, <= 2.5 on the CNN, peak memory <= 1.3. Reported besides: the Gram matrix alone, a small transformer, the route
-of the paper's first code (the whole Jacobian by `torch.func.jacrev`, then its SVD), and the first step, which compares
-itself with an ordinary backward and holds more memory for it.
+of the paper's first code (the whole Jacobian by `torch.func.jacrev`, then its SVD), the first step, which compares
+itself with an ordinary backward and holds more memory for it, and how a step of the MLP grows over a decade of examples
+and over a decade of parameters (slope in logarithms; goals: 2.1 and 1.05).
 
     python benchmarks/sven.py --out sven.json
 """
@@ -166,6 +167,31 @@ def with_jacobian(build: Callable[[], tuple[nn.Module, Tensor, Tensor]], result:
     result["relative error of the update"] = case.error()
 
 
+def growth(repetitions: int = 15) -> dict[str, Any]:
+    """Milliseconds of a Sven step of the MLP, and the slope of their logarithms, by examples and by parameters."""
+    by_examples = {b: mlp_step(256, b, repetitions) for b in (32, 57, 101, 180, 320)}
+    by_parameters = dict(mlp_step(width, 64, repetitions) for width in (72, 120, 196, 310, 480))
+    return {
+        "examples": {b: ms for b, (_, ms) in by_examples.items()},
+        "exponent of examples": slope({b: ms for b, (_, ms) in by_examples.items()}),
+        "parameters": by_parameters,
+        "exponent of parameters": slope(by_parameters),
+    }
+
+
+def mlp_step(width: int, batch: int, repetitions: int) -> tuple[int, float]:
+    """Parameters, and median milliseconds of a Sven step."""
+    case = Case(lambda: (MLP(784, width, width, 10), torch.randn(batch, 784), torch.randint(10, (batch,))))
+    case.watch()
+    times = [seconds(case.step) for _ in range(repetitions + 3)][3:]
+    return sum(p.numel() for p in case.model.parameters()), 1e3 * median(times)
+
+
+def slope(milliseconds: dict[int, float]) -> float:
+    x, y = (torch.tensor(list(t), dtype=torch.float64).log() for t in (milliseconds.keys(), milliseconds.values()))
+    return (torch.cov(torch.stack([x, y]))[0, 1] / x.var()).item()
+
+
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor, Tensor]], int]] = {
     "mlp": (mlp, 200),
     "cnn": (cnn, 15),
@@ -187,6 +213,8 @@ def main() -> None:
         if not options.no_jacobian:
             with_jacobian(build, figures[name])
         print(name, json.dumps(figures[name], indent=2))
+    figures["growth"] = growth()
+    print("growth", json.dumps(figures["growth"], indent=2))
     if options.out:
         report = {"figures": figures, "hardware": hardware(), "versions": versions()}
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,12 +39,22 @@ class Data:
         val: for curves and for tuning.
         test: for the final score; `val` where there is none.
         clients: federated training: one training loader per client.
+        domains: where each training example is from (site, camera, year), integers, (N,).
+
+    Raises:
+        ValueError: another number of domains than of training examples.
     """
 
     train: Loader
     val: Loader
     test: Loader | None = None
     clients: Sequence[Loader] = ()
+    domains: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.domains is not None and self.domains.shape != (self.num_examples,):
+            shape = tuple(self.domains.shape)
+            raise ValueError(f"domains must have shape ({self.num_examples},), one for each example, got {shape}")
 
     @property
     def num_examples(self) -> int:

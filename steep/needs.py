@@ -94,6 +94,11 @@ NEEDS: dict[str, Need] = {
         "give inputs of that shape, e.g. x.reshape(-1, 1, 8, 8)",
         lambda facts: _is_images(facts.batch.x),
     ),
+    "domains": Need(
+        "the domain of every training example",
+        "give the recipe's Data `domains`, integers of shape (N,), and let its loader yield (x, y, indices)",
+        lambda facts: facts.data.domains is not None and facts.batch.indices is not None,
+    ),
     "clients": Need(
         "training data divided among clients",
         "give the recipe's Data a `clients` tuple, e.g. with steep.batches.dirichlet_clients",

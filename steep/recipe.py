@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +85,8 @@ accuracy = Metric("accuracy", accuracy_of)
 class Run:
     """What is known only once a training has started; given to every `late` part.
 
-    A part that must be stepped and saved with the training is handed over with `attach`.
+    A part that must be stepped and saved with the training is handed over with `attach`. `model` is there once it is
+    built, for losses that look at it.
     """
 
     data: Data
@@ -93,6 +95,7 @@ class Run:
     horizon: int | None
     generator: torch.Generator
     parts: list[Any] = field(default_factory=list)
+    model: nn.Module | None = None
 
     @property
     def total_steps(self) -> int:
@@ -176,11 +179,13 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss`, `score` or the factory `backward` for a run: as given, or `late` from the run."""
+        """Build `model`, `loss`, `score` or the factory `backward`: by factory, `late`, or as a copy of a module."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)
-        return value() if part == "model" else value
+        if part == "model":
+            return value()
+        return copy.deepcopy(value) if isinstance(value, nn.Module) else value
 
 
 def compose(recipe: Recipe, methods: Sequence[tuple[Any, dict[str, Any]]]) -> Recipe:

@@ -7,7 +7,7 @@
         check()
 
 A check that fails raises `AssertionError` with a sentence that says what a user would have met. They run the method
-in a tiny recipe that offers everything a method may need: labelled images, indices, clients, a small network.
+in a tiny recipe that offers everything a method may need: labelled images, indices, clients, domains, a small network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def tiny_recipe(dtype: torch.dtype = torch.float32) -> Recipe:
     def data(generator: torch.Generator) -> Data:
         split = split_loaders(images, labels, generator, batch_size=8, val=1 / 6, test=1 / 6)
         clients = dirichlet_clients(images, labels, generator, clients=8, alpha=1.0, batch_size=4)
-        return dataclasses.replace(split, clients=clients)
+        return dataclasses.replace(split, clients=clients, domains=torch.arange(64) % 4)
 
     def model() -> nn.Module:
         body = (nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
@@ -266,6 +266,7 @@ def poorer_recipes() -> dict[str, Recipe]:
         "independent_examples": whole.replace(model=coupled),
         "indices": whole.replace(data=without(lambda batch: batch[:2])),
         "clients": whole.replace(data=without(lambda batch: batch)),
+        "domains": whole.replace(data=without(lambda batch: batch)),
         "images": whole.replace(
             data=without(lambda batch: (batch[0].flatten(1), *batch[1:])),
             model=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),

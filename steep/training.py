@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import time
@@ -69,12 +68,12 @@ class Training:
         self.run = Run(
             data, seed, len(data.train), recipe.budget.total_steps(len(data.train)), generator(seed, "parts")
         )
-        model = recipe.build("model", self.run)
+        self.run.model = model = recipe.build("model", self.run)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter to train (none at all, or all are frozen)")
         self.loss = recipe.build("loss", self.run)
         if isinstance(self.loss, nn.Module):
-            self.loss = copy.deepcopy(self.loss).to(self.device)
+            self.loss = self.loss.to(self.device)
         self.score = recipe.build("score", self.run) or self.loss
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.build("backward", self.run)(self.model)
@@ -135,8 +134,15 @@ class Training:
         return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
 
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
-        memory = {"indices": batch.indices} if "indices" in self.needs["loss"] else {}
-        return self.loss(model(batch.x), batch.y, **memory)
+        return self.loss(model(batch.x), batch.y, **self._asked(batch))
+
+    def _asked(self, batch: Batch) -> dict[str, Any]:
+        """What the loss needs to know of the examples beside their targets."""
+        needs, domains = self.needs["loss"], self.run.data.domains
+        asked = {"indices": batch.indices} if "indices" in needs else {}
+        if "domains" in needs and domains is not None and batch.indices is not None:
+            asked["domains"] = domains[batch.indices.cpu()]
+        return asked
 
     def _backward(self, batch: Batch, scale: float) -> float:
         """Have the rule fill ``.grad``, and return the batch's mean loss."""

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import optuna
 from rich.console import Console
 
 from steep.card import cards
@@ -194,21 +195,34 @@ class _Comparison:
         return in_time
 
     def tune(self, plan: Plan, score: str, higher: bool) -> dict[str, tuple[dict[str, Any], list[RunRecord]]]:
-        """For each arm, what to set its hyper-parameters to, and the trials that say so."""
-        return {arm.name: self._tune(arm, plan, score, higher) for arm in self.arms}
+        """For each arm, what to set its hyper-parameters to, and the trials that say so.
 
-    def _tune(self, arm: Contender, plan: Plan, score: str, higher: bool) -> tuple[dict[str, Any], list[RunRecord]]:
-        context = f"{self.source.hash} {self.pool.code(self._job(arm, 'tune', {}, 0))} {self.recipe.budget}"
-        study = tuning.open_study(self.store.directory, arm, context)
-        tried = self.agree(f"{plan.trials} trials of {arm.name}, {context}", tuning.proposals(study, arm, plan.trials))
-        trials = self.pool.run([self._job(arm, "tune", chosen, tuning.FIRST_SEED) for chosen in tried])
-        costs = [tuning.cost(trial, score, higher) for trial in trials]
-        tuning.tell(study, costs)
-        last = tuning.finalists(costs, plan.trials)
+        The trials of all arms are run together, so that no worker idles at the end of each arm.
+        """
+        studies = {arm.name: tuning.open_study(self.store.directory, arm, self._context(arm)) for arm in self.arms}
+        tried = {arm.name: self._proposed(arm, studies[arm.name], plan.trials) for arm in self.arms}
+        trials = self._tried(tried, [tuning.FIRST_SEED])
+        costs = {name: [tuning.cost(trial, score, higher) for trial in found] for name, found in trials.items()}
+        for name, study in studies.items():
+            tuning.tell(study, costs[name])
+        last = {name: tuning.finalists(found, plan.trials) for name, found in costs.items()}
         seeds = range(tuning.FIRST_SEED + 1, tuning.FIRST_SEED + 1 + tuning.EXTRA_SEEDS)
-        more = self.pool.run([self._job(arm, "tune", tried[i], seed) for seed in seeds for i in last])
-        again = {i: [tuning.cost(r, score, higher) for r in more[k :: len(last)]] for k, i in enumerate(last)}
-        return tried[tuning.best(costs, again)], trials
+        more = self._tried({name: [tried[name][i] for i in chosen] for name, chosen in last.items()}, seeds)
+        again = {name: [tuning.cost(r, score, higher) for r in found] for name, found in more.items()}
+        best = {name: tuning.best(costs[name], tuning.by_trial(last[name], again.get(name, []))) for name in tried}
+        return {name: (tried[name][i], trials[name]) for name, i in best.items()}
+
+    def _context(self, arm: Contender) -> str:
+        return f"{self.source.hash} {self.pool.code(self._job(arm, 'tune', {}, 0))} {self.recipe.budget}"
+
+    def _proposed(self, arm: Contender, study: optuna.Study, trials: int) -> list[dict[str, Any]]:
+        what = f"{trials} trials of {arm.name}, {self._context(arm)}"
+        return self.agree(what, tuning.proposals(study, arm, trials))
+
+    def _tried(self, chosen: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> dict[str, list[RunRecord]]:
+        """By arm, seed by seed."""
+        arms = [(arm, hyper) for arm in self.arms for hyper in chosen[arm.name]]
+        return _by_arm(self.pool.run([self._job(arm, "tune", hyper, seed) for seed in seeds for arm, hyper in arms]))
 
     def _job(self, contender: Contender, role: str, chosen: Mapping[str, Any], seed: int, **changes: Any) -> Job:
         methods, lr_scale = contender.settings(chosen)

@@ -50,9 +50,10 @@ def proposals(study: optuna.Study, arm: Contender, trials: int) -> list[dict[str
     if not arm.space:
         return [{}]
     space = {name: distribution(values) for name, values in arm.space.items()}
-    if not study.trials:
+    known = study.trials
+    if not known:
         study.enqueue_trial(arm.defaults())
-    while len([t for t in study.trials if t.state != TrialState.WAITING]) < trials:
+    for _ in range(trials - sum(t.state != TrialState.WAITING for t in known)):
         study.ask(space)
     return [dict(trial.params) for trial in study.trials[:trials]]
 
@@ -78,6 +79,11 @@ def finalists(costs: Sequence[float], trials: int) -> list[int]:
     count = trials // 4
     order = sorted(range(len(costs)), key=lambda i: costs[i])
     return [i for i in order[:count] if math.isfinite(costs[i])] if count > 1 else []
+
+
+def by_trial(trials: Sequence[int], costs: Sequence[float]) -> dict[int, Sequence[float]]:
+    """Costs of the finalists on their further seeds, given seed by seed."""
+    return {trial: costs[k :: len(trials)] for k, trial in enumerate(trials)}
 
 
 def best(costs: Sequence[float], again: Mapping[int, Sequence[float]]) -> int:
