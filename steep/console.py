@@ -39,12 +39,12 @@ def bar(training: Training, visible: bool) -> Iterator[Callable[[dict[str, float
     """A progress bar with the latest scores; yields the function that updates it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as bar:
-        task = bar.add_task(training.recipe.name, total=training.run.horizon, completed=training.step)
+        task = bar.add_task(training.recipe.name, total=training.run.horizon, completed=training.elapsed)
 
         def show(entry: dict[str, float]) -> None:
             scores = "  ".join(
                 f"{k} {v:.4g}" for k, v in entry.items() if k not in ("examples", "seconds", "cpu_seconds", "step")
             )
-            bar.update(task, completed=training.step, description=f"{training.recipe.name}  {scores}")
+            bar.update(task, completed=training.elapsed, description=f"{training.recipe.name}  {scores}")
 
         yield show

@@ -27,6 +27,7 @@ EVALUATIONS = 25  # points on a curve, where the horizon is known
 class Result:
     """A finished training.
 
+    `steps` are of the budget: optimizer steps (``len(history.losses)``), unless a method changes the size of batches.
     `val` and `test` map "loss" and the metric's name to their final values. `seconds` and `cpu_seconds` are of
     training alone, `preparation_seconds` (CPU) of building its parts, `other_seconds` (CPU) of evaluating and saving.
     `peak_memory` is in bytes, `None` where it cannot be known; `horizon` the steps the budget stood for, or `None`.
@@ -118,7 +119,7 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool, 
                 training.advance()
             except NonFinite as error:
                 raise NonFinite(f"{error}. {saver.way_back()}") from None
-            if training.step % every == 0 and not training.finished():
+            if training.passed(every) and not training.finished():
                 show(training.record())
                 saver.save_if_due()
             if interrupted():
@@ -138,7 +139,7 @@ def _result(training: Training, memory: PeakMemory) -> Result:
         history=training.history,
         val=val,
         test=test,
-        steps=training.step,
+        steps=training.elapsed,
         examples=training.examples,
         seconds=seconds,
         cpu_seconds=cpu_seconds,

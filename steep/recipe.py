@@ -123,7 +123,7 @@ class Run:
 
 
 class late:
-    """A recipe's `model`, `loss` or `score` that is built when a training starts, from its `Run`.
+    """A recipe's `model`, `loss`, `score` or `backward` that is built when a training starts, from its `Run`.
 
     Example:
         >>> from torch import nn
@@ -146,7 +146,7 @@ class Recipe:
         optimizer: ``optimizer(parameters) -> Optimizer``.
         scheduler: ``scheduler(optimizer, total_steps)``, stepped once per optimizer step, e.g. torch's
             `CosineAnnealingLR`.
-        backward: ``backward(model) -> Rule``.
+        backward: ``backward(model) -> Rule``; or `late`.
         rounds: an outer loop of the recipe's own, ``rounds(model, run, local_step) -> iterator``, each item the
             losses of one round; ``local_step(model, batch)`` returns a batch's losses. Plain epochs where it is `None`.
         metric: scores held-out data beside the loss.
@@ -161,7 +161,7 @@ class Recipe:
     loss: Callable[..., Tensor] | late
     optimizer: Callable[[Iterable[Any]], Optimizer]
     scheduler: Callable[[Optimizer, int], Any] | None = None
-    backward: Callable[[nn.Module], Rule] = Mean
+    backward: Callable[[nn.Module], Rule] | late = Mean
     rounds: Callable[[nn.Module, Run, Callable[..., Tensor]], Iterator[Tensor]] | None = None
     metric: Metric | None = None
     budget: Budget = Budget(epochs=10)
@@ -171,7 +171,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("data", "optimizer", "backward"):
-            if not callable(getattr(self, name)):
+            if not callable(getattr(self, name)) and not (name == "backward" and isinstance(self.backward, late)):
                 raise TypeError(f"Recipe.{name} must be a factory (a callable), got {getattr(self, name)!r}")
         if isinstance(self.model, nn.Module):
             raise TypeError(
@@ -182,7 +182,7 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss` or `score` for a run: by its factory or `late` builder, or as a copy of a module."""
+        """Build `model`, `loss`, `score` or the factory `backward`: by factory, `late`, or as a copy of a module."""
         value = getattr(self, part)
         if isinstance(value, late):
             return value.build(run)

@@ -76,15 +76,16 @@ class Training:
             self.loss = self.loss.to(self.device)
         self.score = recipe.build("score", self.run) or self.loss
         self.model = accelerator.prepare_model(model)
-        self.rule = recipe.backward(self.model)
+        self.rule = recipe.build("backward", self.run)(self.model)
         plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
         self.scheduler = recipe.scheduler(plain, self.run.total_steps) if recipe.scheduler else None
         # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
         self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
         self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
+        self.elapsed = self._before = 0  # steps of the budget
         self.evaluation_stream = Stream(seed, "evaluation")
         self.rounds = self._rounds(seed)
-        changing = (self.scheduler, self.run.data.train, self.loss, self.rule, *self.run.parts)
+        changing = (self.scheduler, self.run.data.train, self.loss, *self.run.parts)
         self.steps = [part.step for part in changing if hasattr(part, "step")]
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
         self.needs = {name: frozenset(getattr(part, "needs", ())) for name, part in self.named.items()}
@@ -177,16 +178,32 @@ class Training:
         return mean
 
     def advance(self) -> None:
-        """Do one step (or round), then step everything that changes over a training."""
+        """Do one step (or round), then step everything that changes over a training.
+
+        What has the training's length for its horizon is stepped once for every step of the budget that has passed:
+        the optimizer's, unless the batches change in size and the training loader counts them in batches of its own.
+        """
         losses = next(self.rounds)
         self.history.losses.append(losses if isinstance(losses, float) else losses.mean().item())
-        for step in self.steps:
-            step()
+        if hasattr(self.rule, "step"):
+            self.rule.step()
+        self._before, self.elapsed = self.elapsed, self._elapsed()
+        for _ in range(self.elapsed - self._before):
+            for step in self.steps:
+                step()
+
+    def _elapsed(self) -> int:
+        steps = getattr(self.run.data.train, "elapsed", self.step)
+        return steps if self.run.horizon is None else min(steps, self.run.horizon)
+
+    def passed(self, every: int) -> bool:
+        """Whether a multiple of so many steps of the budget has been reached since the step before."""
+        return self.elapsed // every > self._before // every
 
     def finished(self) -> bool:
         """Whether the budget is used up."""
         horizon, seconds = self.run.horizon, self.recipe.budget.seconds
-        return (horizon is not None and self.step >= horizon) or (
+        return (horizon is not None and self.elapsed >= horizon) or (
             seconds is not None and self.stopwatch.read()[0] >= seconds
         )
 
@@ -234,6 +251,7 @@ class Training:
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         self.history, self.examples = History(**state["history"]), state["cost"].pop("examples")
+        self.elapsed = self._elapsed()
         self.stopwatch = Stopwatch(**state["cost"])
         self.run.generator.set_state(state["random"]["parts"])
         self.evaluation_stream.state = state["random"]["evaluation"]

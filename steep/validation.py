@@ -20,6 +20,11 @@ def require(name: str, value: Any, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} must be {allowed}")
 
 
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least `least`."""
+    require(name, value, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
+
+
 def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:
     """Raise `ValueError` for the first hyper-parameter of `group` outside its interval, e.g. ``{"lr": "[0, inf)"}``."""
     for name, allowed in ranges.items():
