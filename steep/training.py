@@ -135,7 +135,7 @@ class Training:
 
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         if "indices" in self.needs["rule"]:
-            self.rule.indices = batch.indices  # type: ignore[attr-defined]
+            self.rule.indices = batch.indices
         return self.loss(model(batch.x), batch.y, **self._asked(batch))
 
     def _asked(self, batch: Batch) -> dict[str, Any]:
