@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
+import measured
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -227,7 +228,7 @@ def index_page():
         own = [c for c in cards().values() if c.changes == room]
         if own:
             lines += [f"## {room}", "\n".join(f"- [{c.id}]({c.id}.md): {c.summary}" for c in own)]
-    lines.append("```{toctree}\n:hidden:\nwhich\n" + "\n".join(card for card in cards()) + "\n```")
+    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(card for card in cards()) + "\n```")
     return "\n\n".join(lines) + "\n"
 
 
@@ -236,7 +237,7 @@ def write_pages(folder):
     folder.mkdir(exist_ok=True)
     found = outcomes()
     pages = {f"{card.id}.md": method_page(card, found.get(card.id)) for card in cards().values()}
-    pages |= {"index.md": index_page(), "which.md": which_page(found)}
+    pages |= {"index.md": index_page(), "which.md": which_page(found), "measured.md": measured.page()}
     for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
         old.unlink()
     for name, text in pages.items():

@@ -1,5 +1,7 @@
 """The gallery runs, and the documents name what exists."""
 
+import json
+import math
 import re
 import runpy
 import shutil
@@ -49,3 +51,34 @@ def test_dry_runs_of_the_makefile_name_existing_recipes():
     plan = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for recipe in re.findall(r"steep compare (\S+)", plan):
         steep.task(recipe)
+
+
+@pytest.fixture
+def measured():
+    return runpy.run_path(str(ROOT / "docs" / "measured.py"))
+
+
+def test_the_page_of_measurements_shows_what_was_recorded(measured, tmp_path):
+    arm = {"equal time": {"estimate": math.log(4), "low": -math.inf, "high": math.log(5), "verdict": "no evidence"}}
+    problem = {budget: {"levenberg-marquardt": arm} for budget in ("T/9", "T/3", "T")}
+    (tmp_path / "second_order.json").write_text(json.dumps({"steps of Adam at T": 7, "p float32": problem}))
+    (tmp_path / "fit.json").write_text(json.dumps({"ratio": 1.25, "a": {"x": 2, "versions": {}}, "b": {"x": 3000}}))
+    page = measured["page"](tmp_path)
+    assert "| p float32 | levenberg-marquardt |" + 3 * " 0.25 [0.2, inf] no evidence |" in page
+    assert "| p float32 | lbfgs | – | – | – |" in page
+    assert "| ratio | 1.25 |" in page
+    assert "| figure | a | b |" in page
+    assert "| x | 2 | 3,000 |" in page
+    assert "Statistics" not in page
+
+
+def test_every_recorded_benchmark_of_the_page_can_be_shown(measured):
+    recorded = [name for name in measured["TITLES"] if (ROOT / "benchmarks" / "results" / f"{name}.json").exists()]
+    page = measured["page"]()
+    assert {"validity", "sven", "second_order"} <= set(recorded)
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == [
+        measured["TITLES"][n] for n in recorded
+    ]
+    rates = [float(low) for low in re.findall(r"\| (\d+\.\d)(?: to \d+\.\d)? %", page)]
+    assert len(rates) > 50
+    assert all(0 <= rate <= 100 for rate in rates)

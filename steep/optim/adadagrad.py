@@ -104,9 +104,9 @@ def _square(tensors: list[Tensor]) -> float:
     return float(sum(t.double().square().sum() for t in tensors))
 
 
-def moments(rows: Rows, n: int, test: str) -> tuple[Moments, tuple[Tensor | None, ...]]:
-    """What a test needs to know of n rows; and their mean, `None` for unused parameters."""
-    mean = rows.vjp(torch.full((n,), 1 / n, dtype=torch.float64, device=rows.params[0].device))
+def moments(rows: Rows, test: str) -> tuple[Moments, tuple[Tensor | None, ...]]:
+    """What a test needs to know of the rows; and their mean, `None` for unused parameters."""
+    n, mean = len(rows), rows.mean()
     known = [torch.zeros_like(p) if g is None else g for p, g in zip(rows.params, mean, strict=True)]
     if test == "coordinate-wise":
         columns = zip(rows.params, rows.columnwise(deviations), strict=True)
@@ -188,7 +188,7 @@ class AdaptiveBatchSize:
         if (self.steps + 1) % self.interval or self.batches.batch_size >= self.batches.maximum:
             return Mean()(losses, scale=scale)
         rows = self.engine.rows(losses)
-        found, mean = moments(rows, len(losses), self.test)
+        found, mean = moments(rows, self.test)
         self._found = found if self._found is None else self._join(self._found, found)
         self._seen = self._version()
         rows.fill(lambda: [None if g is None else g * scale for g in mean])

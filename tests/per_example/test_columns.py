@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from steep.per_example import Outer, Patches, PerExample, Rows, autodiff, convolution, embedding, layers, parts
+from steep.per_example import Outer, Patches, PerExample, Rows, layers, parts
 from steep.per_example.columns import Interleaved, shared
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -25,14 +25,6 @@ def _seed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(params=["usual chunks", "tiny chunks"])
-def chunks(request, monkeypatch):
-    if request.param == "tiny chunks":
-        for module in (parts, layers, convolution, embedding, autodiff):
-            monkeypatch.setattr(module, "CHUNK", 60)
-        monkeypatch.setattr(autodiff, "COLUMNS", 200)
 
 
 def columns_of(model, x, most=3):

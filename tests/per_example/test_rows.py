@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from steep.backward.sven import Sven
-from steep.per_example import PerExample, Rows, autodiff, convolution, embedding, layers, parts
+from steep.per_example import PerExample, Rows
 from steep.per_example.joined import Joined
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -27,14 +27,6 @@ def _seed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture(params=["usual chunks", "tiny chunks"])
-def chunks(request, monkeypatch):
-    if request.param == "tiny chunks":
-        for module in (parts, layers, convolution, embedding, autodiff):
-            monkeypatch.setattr(module, "CHUNK", 60)
-        monkeypatch.setattr(autodiff, "COLUMNS", 200)
 
 
 def mlp(*widths, dtype=torch.float64):

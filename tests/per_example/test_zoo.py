@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steep.per_example import PerExample, autodiff, convolution, embedding, layers, parts
+from steep.per_example import PerExample
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(SPEC)
@@ -23,14 +23,6 @@ def _seed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture
-def tiny_chunks(monkeypatch):
-    """Every loop over slices, positions, samples and blocks takes several turns."""
-    for module in (parts, layers, convolution, embedding, autodiff):
-        monkeypatch.setattr(module, "CHUNK", 60)
-    monkeypatch.setattr(autodiff, "COLUMNS", 200)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
