@@ -52,7 +52,7 @@ class ReSTE:
 
 @dataclass(frozen=True)
 class STE:
-    """The identity where |z| <= t, else flat: clipped straight-through estimator."""
+    """The identity where ``|z| <= t``, else flat: clipped straight-through estimator."""
 
     t: float = 1.0
 
@@ -71,7 +71,7 @@ class STE:
 
 @dataclass(frozen=True)
 class ApproxSign:
-    """Two parabolas, z (2 - |z|) where |z| < 1: Bi-Real net's polynomial."""
+    """Two parabolas, ``z (2 - |z|)`` where ``|z| < 1``: Bi-Real net's polynomial."""
 
     def at(self, progress: float) -> float:
         return 1.0
@@ -106,7 +106,7 @@ class EDE:
 
 @dataclass(frozen=True)
 class FDA:
-    """The first n + 1 waves of a square wave's Fourier series, flat where |z| > 1; sharpness is n."""
+    """The first n + 1 waves of a square wave's Fourier series, flat where ``|z| > 1``; sharpness is n."""
 
     start: int = 9
     end: int = 18

@@ -92,7 +92,7 @@ class MFAC(Optimizer):
     """Natural gradient of the last `ngrads` gradients: each step is multiplied by the inverse of their damped empirical
     Fisher matrix over all parameters, exactly, without forming it.
 
-    The first steps are long, about lr ngrads / |g|, where the gradient is large against the damping, since the missing
+    The first steps are long, about ``lr ngrads / |g|``, where the gradient is large against the damping, since missing
     gradients count as zeros; begin with a small lr. lr and damping belong together: while gradients are small a step is
     lr / damping times the gradient. The defaults are for long trainings; small networks learn faster with both at 1e-2
     to 1e-1. The memory is `ngrads` gradients, in float32 for half-precision parameters.

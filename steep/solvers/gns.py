@@ -77,7 +77,7 @@ def minimize(
         x: where to start, (d,); taken to float64.
         hessian: from x to a symmetric matrix (d, d), such as `empirical_fisher`; `None` for the exact Hessian. One that
             is not positive semidefinite costs further trials.
-        gamma: the first γ, > 0, in units of |x|. 1 is the authors'.
+        gamma: the first γ, > 0, in units of ``|x|``. 1 is the authors'.
         metric: B, positive definite, (d, d); the identity by default.
         tol: stop where the dual norm of the gradient is at most this, >= 0.
         steps: accepted steps at most, >= 0.
