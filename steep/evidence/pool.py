@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -85,7 +86,7 @@ class Pool:
         """The jobs' records, in their order; missing ones are run, in that order as workers become free.
 
         Raises:
-            RunError: a training raised. What has finished by then is kept.
+            RunError: a training raised, or the system ended workers again and again. What has finished is kept.
         """
         keys = [job.key(self.source, self.code(job)) for job in jobs]
         wanted = dict(zip(keys, jobs, strict=True))
@@ -138,12 +139,17 @@ class Pool:
     def _insist(self, attempt: Callable[[], T]) -> T:
         """What `attempt` returns, after another with new workers where the system killed one."""
         for _ in range(RESTARTS):
-            try:
+            with suppress(TerminatedWorkerError):
                 return attempt()
-            except TerminatedWorkerError:
-                self.executor.shutdown(wait=True, kill_workers=True)  # so that none is still writing
-                self._start()
-        return attempt()
+            self.executor.shutdown(wait=True, kill_workers=True)  # so that none is still writing
+            self._start()
+        try:
+            return attempt()
+        except TerminatedWorkerError as error:
+            raise RunError(
+                f"the system ended a worker {RESTARTS + 1} times (does the memory suffice for {self.workers} trainings "
+                "at once? see --workers); what has finished is kept, and the same command goes on"
+            ) from error
 
     def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> None:
         """Add to `found` what it lacks; what a killed pool had kept, but not handed over, is taken from the store."""

@@ -527,6 +527,18 @@ def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_pa
     assert (tmp_path / "mortal.mark").exists()
 
 
+def test_workers_killed_again_and_again_end_the_comparison_with_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("steep.evidence.pool.RESTARTS", 1)
+    path = tmp_path / "mortal.py"
+    dying = "    import os\n    os.kill(os.getpid(), 9)\n"
+    path.write_text(RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
+    with (
+        pytest.raises(RunError, match=r"ended a worker 2 times \(does the memory suffice for 1 trainings"),
+        Pool(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool,
+    ):
+        pool.run([Job("baseline", "confirm", (), 0, 0, steep.Budget(steps=3))])
+
+
 def test_a_training_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_path):
     path = tmp_path / "picky.py"
     picky = "    if generator.initial_seed() == bad:\n        raise RuntimeError('no such luck')\n"
