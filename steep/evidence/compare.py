@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import optuna
 from rich.console import Console
 
 from steep.card import cards
@@ -199,12 +198,11 @@ class _Comparison:
 
         The trials of all arms are run together, so that no worker idles at the end of each arm.
         """
-        studies = {arm.name: tuning.open_study(self.store.directory, arm, self._context(arm)) for arm in self.arms}
-        tried = {arm.name: self._proposed(arm, studies[arm.name], plan.trials) for arm in self.arms}
+        tried = {arm.name: self._proposed(arm, plan.trials) for arm in self.arms}
         trials = self._tried(tried, [tuning.FIRST_SEED])
         costs = {name: [tuning.cost(trial, score, higher) for trial in found] for name, found in trials.items()}
-        for name, study in studies.items():
-            tuning.tell(study, costs[name])
+        for arm in self.arms:
+            tuning.keep(self.store.directory, arm, self._context(arm), tried[arm.name], costs[arm.name])
         last = {name: tuning.finalists(found, plan.trials) for name, found in costs.items()}
         seeds = range(tuning.FIRST_SEED + 1, tuning.FIRST_SEED + 1 + tuning.EXTRA_SEEDS)
         more = self._tried({name: [tried[name][i] for i in chosen] for name, chosen in last.items()}, seeds)
@@ -215,9 +213,8 @@ class _Comparison:
     def _context(self, arm: Contender) -> str:
         return f"{self.source.hash} {self.pool.code(self._job(arm, 'tune', {}, 0))} {self.recipe.budget}"
 
-    def _proposed(self, arm: Contender, study: optuna.Study, trials: int) -> list[dict[str, Any]]:
-        what = f"{trials} trials of {arm.name}, {self._context(arm)}"
-        return self.agree(what, tuning.proposals(study, arm, trials))
+    def _proposed(self, arm: Contender, trials: int) -> list[dict[str, Any]]:
+        return self.agree(f"{trials} trials of {arm.name}, {self._context(arm)}", tuning.proposals(arm, trials))
 
     def _tried(self, chosen: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> dict[str, list[RunRecord]]:
         """By arm, seed by seed."""

@@ -13,7 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import QMCSampler
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from steep.card import Choice, Range
 from steep.evidence.contenders import Contender
@@ -32,38 +32,36 @@ def distribution(values: Range | Choice) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def open_study(directory: Path, arm: Contender, context: str) -> optuna.Study:
-    """The arm's Optuna study in the store's SQLite file; an unfinished one goes on where it was."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)  # QMCSampler, since 2022
-    seed = int.from_bytes(hashlib.sha256(arm.name.encode()).digest()[:4], "big")
-    return optuna.create_study(
-        storage=f"sqlite:///{directory / 'optuna.db'}",
-        study_name=f"{arm.name} {context}",
-        sampler=QMCSampler(qmc_type="sobol", scramble=True, seed=seed),
-        load_if_exists=True,
-    )
-
-
-def proposals(study: optuna.Study, arm: Contender, trials: int) -> list[dict[str, Any]]:
-    """What to try: the defaults first, then Sobol points; those of an interrupted study are the same again."""
+def proposals(arm: Contender, trials: int) -> list[dict[str, Any]]:
+    """What to try: the defaults first, then Sobol points. More trials begin with the same ones."""
     if not arm.space:
         return [{}]
-    space = {name: distribution(values) for name, values in arm.space.items()}
-    known = study.trials
-    if not known:
-        study.enqueue_trial(arm.defaults())
-    for _ in range(trials - sum(t.state != TrialState.WAITING for t in known)):
-        study.ask(space)
-    return [dict(trial.params) for trial in study.trials[:trials]]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seed = int.from_bytes(hashlib.sha256(arm.name.encode()).digest()[:4], "big")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=ExperimentalWarning)  # QMCSampler, since 2022
+        # in memory: a study on disk that was killed in the middle of a trial would go on with other ones
+        study = optuna.create_study(sampler=QMCSampler(qmc_type="sobol", scramble=True, seed=seed))
+    study.enqueue_trial(arm.defaults())
+    return [study.ask(distributions(arm)).params for _ in range(trials)]
 
 
-def tell(study: optuna.Study, values: Sequence[float]) -> None:
-    """Enter the scores of the first trials (a diverged one as failed)."""
-    for trial, value in zip(study.trials, values, strict=False):
-        if trial.state == TrialState.RUNNING:
-            diverged = not math.isfinite(value)
-            study.tell(trial.number, None if diverged else value, TrialState.FAIL if diverged else None)
+def distributions(arm: Contender) -> dict[str, BaseDistribution]:
+    return {name: distribution(values) for name, values in arm.space.items()}
+
+
+def keep(
+    directory: Path, arm: Contender, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]
+) -> None:
+    """Add an arm's trials to its Optuna study in the store's SQLite file (a diverged one as failed)."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage, name = f"sqlite:///{directory / 'optuna.db'}", f"{arm.name} {context}"
+    study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    known = len(study.trials)
+    for params, value in zip(tried[known:], costs[known:], strict=True):
+        failed = not math.isfinite(value)
+        state, values = (TrialState.FAIL, None) if failed else (TrialState.COMPLETE, [value])
+        study.add_trial(create_trial(params=params, distributions=distributions(arm), state=state, values=values))
 
 
 def cost(record: RunRecord, score: str, higher_is_better: bool) -> float:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
@@ -434,20 +435,26 @@ def test_code_versions_depend_on_the_methods_own_file_only():
 # ---- tuning and planning
 
 
-def test_tuning_starts_with_the_defaults_and_is_the_same_again(tmp_path):
+def test_trials_are_kept_once_and_a_study_that_was_cut_off_goes_on(tmp_path):
+    arm_, costs = contender("adabelief"), [1.0, math.inf, 3.0, 4.0]
+    tried = tuning.proposals(arm_, 4)
+    tuning.keep(tmp_path, arm_, "context", tried[:2], costs[:2])
+    for _ in range(2):
+        tuning.keep(tmp_path, arm_, "context", tried, costs)
+    study = optuna.load_study(study_name="adabelief context", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
+    assert [t.params for t in study.trials] == tried
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [t.value for t in study.trials] == [1.0, None, 3.0, 4.0]
+
+
+def test_tuning_starts_with_the_defaults_and_is_the_same_again():
     arm_ = contender("adabelief")
-    study = tuning.open_study(tmp_path, arm_, "context")
-    first = tuning.proposals(study, arm_, 8)
+    first = tuning.proposals(arm_, 8)
     assert first[0] == {name: arm_.defaults()[name] for name in first[0]}
     assert len({tuple(p.values()) for p in first}) == 8
-    tuning.tell(study, [1.0, math.inf, *range(6)])
-    assert [t.state.name for t in study.trials][:3] == ["COMPLETE", "FAIL", "COMPLETE"]
-    again = tuning.proposals(tuning.open_study(tmp_path, arm_, "context"), arm_, 8)
-    assert again == first
-    (tmp_path / "other").mkdir()
-    fresh = tuning.proposals(tuning.open_study(tmp_path / "other", arm_, "context"), arm_, 8)
-    assert fresh == first
-    assert tuning.proposals(study, arm_, 12)[:8] == first
+    assert tuning.proposals(arm_, 8) == first
+    assert tuning.proposals(arm_, 12)[:8] == first
+    assert tuning.proposals(contender("adamp"), 8)[1:] != first[1:]
     for proposal in first:
         for name, value in proposal.items():
             assert arm_.space[name].low <= value <= arm_.space[name].high
