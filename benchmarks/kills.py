@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,8 @@ def killed_until_done(
             kill(process, True, choice)
 
 
-def measure(kills: int, folder: Path, trials: int = 4, seeds: int = 6, seed: int = 0) -> dict[str, Any]:
-    """Undisturbed once, then killed studies until `kills` are used up."""
+def measure(kills: int, folder: Path, trials: int = 4, seeds: int = 6, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Undisturbed once, then killed studies until `kills` are used up; after each, what came of all so far."""
     recipe, choice, sizes = folder / "tiny.py", random.Random(seed), (trials, seeds)
     recipe.write_text(RECIPE)
     began = time.monotonic()
@@ -169,10 +170,15 @@ def measure(kills: int, folder: Path, trials: int = 4, seeds: int = 6, seed: int
         out = folder / f"killed{len(studies)}"
         found = killed_until_done(recipe, out, left, length, choice, sizes)
         studies.append(found | {"same_table": table(Store(out).study()) == expected})
+        yield summary(studies) | {"undisturbed_seconds": length}
+
+
+def summary(studies: list[dict[str, Any]]) -> dict[str, Any]:
     total = {name: sum(s[name] for s in studies) for name in ("group", "worker", "errors", "drafts", "runs")}
     wrong = [sentence for s in studies for sentence in s["wrong"]]
     same = sum(s["same_table"] for s in studies)
-    return {"studies": len(studies), "same_table": same, **total, "wrong": wrong, "undisturbed_seconds": length}
+    kills = total["group"] + total["worker"]
+    return {"kills": kills, "studies": len(studies), "same_table": same, **total, "wrong": wrong}
 
 
 def main() -> None:
@@ -181,10 +187,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments.kills, Path(folder))
-    result = {"kills": arguments.kills, **found, "versions": versions(), "hardware": hardware()}
-    write_atomic(arguments.out, json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+        for found in measure(arguments.kills, Path(folder)):
+            result = json.dumps({**found, "versions": versions(), "hardware": hardware()}, indent=1)
+            write_atomic(arguments.out, result + "\n")
+            print(result, flush=True)
 
 
 if __name__ == "__main__":
