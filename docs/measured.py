@@ -83,7 +83,7 @@ def against(arm: dict | None) -> str:
 def figures(values: dict) -> str:
     """All numbers of a benchmark: groups of the same names side by side, the rest one below the other."""
     values = values.get("figures", values)
-    groups = {k: flat(v) for k, v in values.items() if isinstance(v, dict) and k not in NOT_FIGURES}
+    groups = {k: g for k, v in values.items() if isinstance(v, dict) and k not in NOT_FIGURES and (g := flat(v))}
     plain = [[k, shown(v)] for k, v in values.items() if isinstance(v, int | float)]
     parts = [table(["figure", "value"], plain)] if plain else []
     while groups:
