@@ -13,6 +13,7 @@ NOT_FIGURES = {"versions", "hardware"}
 
 
 def table(columns, rows):
+    """A Markdown table; bars inside cells do not end them."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
 

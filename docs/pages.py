@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
-import measured
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import measured
+from measured import table
 
 import steep
 from steep.card import ROOMS, cards
@@ -214,12 +215,6 @@ def rows_of(card, found):
 def interval(judged):
     middle, low, high = (number(judged.quantity, v) for v in (judged.gain, judged.low, judged.high))
     return f"{middle} [{low}, {high}]"
-
-
-def table(columns, rows):
-    """A Markdown table; bars inside cells do not end them."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def index_page():

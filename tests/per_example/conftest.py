@@ -1,8 +1,20 @@
 """What the engine's tests have in common."""
 
+import warnings
+
 import pytest
+import torch
 
 from steep.per_example import autodiff, convolution, embedding, layers, parts
+
+
+@pytest.fixture
+def seeded_and_quiet():
+    """For models of any kind, of which some warn that they are slow."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @pytest.fixture

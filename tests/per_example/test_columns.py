@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,7 @@ zoo = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(zoo)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("seeded_and_quiet")
 
 
 def columns_of(model, x, most=3):

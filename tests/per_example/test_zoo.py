@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from steep.per_example import PerExample
 
@@ -17,12 +16,7 @@ SPEC.loader.exec_module(zoo)
 build, jacobian, check = zoo.build, zoo.jacobian, zoo.check
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.usefixtures("seeded_and_quiet")
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
