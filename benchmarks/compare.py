@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from steep.evidence.jobs import hardware, versions
-from steep.evidence.store import Store
+from steep.evidence.runs.jobs import hardware, versions
+from steep.evidence.runs.store import Store
 
 PARENT = "import steep.evidence.compare"
 WORKER = """
 import os
-from steep.evidence.jobs import start_worker
+from steep.evidence.runs.jobs import start_worker
 start_worker(os.getppid())
 """
 

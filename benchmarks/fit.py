@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import steep
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 
 STEPS, BATCH = 100, 64
 

@@ -27,10 +27,10 @@ from typing import Any
 
 import psutil
 
-from steep.evidence.jobs import hardware, versions
-from steep.evidence.store import Store
-from steep.evidence.study import Arm, RunRecord, Study
-from steep.files import write_atomic
+from steep.evidence.runs.jobs import hardware, versions
+from steep.evidence.runs.store import Store
+from steep.evidence.study import ArmResult, RunRecord, Study
+from steep.utils.files import write_atomic
 
 RECIPE = """
 import torch
@@ -62,7 +62,7 @@ def unmeasured(run: RunRecord) -> dict[str, Any]:
     return json.loads(json.dumps(values | {"curve": curve}))
 
 
-def _arm(arm: Arm) -> dict[str, Any]:
+def _arm(arm: ArmResult) -> dict[str, Any]:
     scores = {name: asdict(comparison) for name, comparison in arm.scores.items()}
     runs = {part: [unmeasured(r) for r in getattr(arm, part)] for part in ("trials", "runs", "equal_examples")}
     return {"name": arm.name, "hyper": arm.hyper, "scores": scores} | runs
@@ -79,7 +79,7 @@ class Watch:
     def __init__(self, store: Path):
         self.runs, self.seen = store / "runs", Seen()
 
-    def look(self) -> list[str]:
+    def analysis(self) -> list[str]:
         """What is wrong: run files that changed, vanished or are not whole."""
         now = {path: _state(path) for path in self.runs.glob("*.json")} if self.runs.exists() else {}
         wrong = [f"{path.name} changed or vanished" for path, state in self.seen.items() if now.get(path) != state]
@@ -143,7 +143,7 @@ def killed_until_done(
                 whole = choice.random() < 0.5
                 if kill(process, whole, choice):
                     found["group" if whole else "worker"] += 1
-            found["wrong"] += watch.look()
+            found["wrong"] += watch.analysis()
             if process.poll() == 0:
                 found["drafts"] = len(list(out.rglob("*.part")))
                 found["runs"] = len(watch.seen)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 from steep.optim.m_fac import MFAC
 
 SHAPES = [(768, 768)] * 12

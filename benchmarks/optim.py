@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import SGDP, AdamP
 from steep.optim.diffgrad import DiffGrad

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from steep.evidence import report, statistics
-from steep.evidence.jobs import hardware, versions
-from steep.evidence.study import Arm, Comparison, RunRecord, Study
+from steep.evidence.report import page
+from steep.evidence.runs.jobs import hardware, versions
+from steep.evidence.statistics import paired
+from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 
 METHODS, SEEDS, TRIALS, EVALUATIONS = 10, 8, 8, 25
 METRICS = {"loss": False, "accuracy": True}
@@ -67,7 +68,7 @@ def run(arm: str, role: str, level: float, seed: int, random: np.random.Generato
 
 def compared(runs: list[RunRecord], baseline: list[RunRecord]) -> dict[str, Comparison]:
     return {
-        score: statistics.compare(
+        score: paired.compare(
             [r.test[score] for r in runs],
             [r.test[score] for r in baseline],
             score=score,
@@ -78,10 +79,10 @@ def compared(runs: list[RunRecord], baseline: list[RunRecord]) -> dict[str, Comp
     }
 
 
-def arm(name: str, level: float, random: np.random.Generator, baseline: list[RunRecord]) -> Arm:
+def arm(name: str, level: float, random: np.random.Generator, baseline: list[RunRecord]) -> ArmResult:
     runs, timed = ([run(name, role, level, s, random) for s in range(SEEDS)] for role in ("confirm", "equal-time"))
     trials = [run(name, "tune", level * random.uniform(1, 3), 1000 + s, random) for s in range(TRIALS)]
-    return Arm(
+    return ArmResult(
         name=name,
         summary=f"What {name} changes, in one sentence of the usual length, from its card.",
         paper="https://arxiv.org/abs/2010.07468",
@@ -115,7 +116,7 @@ def draw(folder: Path, names: list[str]) -> None:
         Image.fromarray((waves + grain).clip(0, 255).astype(np.uint8)).save(folder / f"{name.replace('/', '-')}.png")
 
 
-def opened(page: Path) -> dict[str, Any]:
+def opened(file: Path) -> dict[str, Any]:
     """What a browser says of the page, and the seconds until its curves are drawn; nothing without a browser."""
     try:
         from playwright.sync_api import sync_playwright
@@ -130,7 +131,7 @@ def opened(page: Path) -> dict[str, Any]:
         tab.on("console", lambda message: errors.append(message.text))
         tab.on("pageerror", lambda error: errors.append(str(error)))
         started = time.perf_counter()
-        tab.goto(page.as_uri())
+        tab.goto(file.as_uri())
         tab.wait_for_selector("html[data-charts=ready]")
         return {"script errors": errors, "seconds until drawn": time.perf_counter() - started}
 
@@ -143,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as store:
         draw(Path(store) / "pictures", [a.name for a in made.arms])
         wall, cpu = time.perf_counter(), time.process_time()
-        page = report.write(made, store)
+        file = page.write(made, store)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         result = {
             "methods": METHODS,
@@ -151,8 +152,8 @@ def main() -> None:
             "runs": sum(len(a.trials) + len(a.runs) + len(a.equal_time) for a in made.arms),
             "seconds": wall,
             "CPU seconds": cpu,
-            "MB": page.stat().st_size / 1e6,
-            **opened(page),
+            "MB": file.stat().st_size / 1e6,
+            **opened(file),
             "versions": versions(),
             "hardware": hardware(),
         }

@@ -18,7 +18,7 @@ from sven_regression import LBFGS, row
 from torch import nn
 
 import steep
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 
 TASKS = (
     *("function-1d", "polynomial", "poisson", "digits-autoencoder"),
@@ -38,7 +38,7 @@ def in_float64(recipe: steep.Recipe) -> steep.Recipe:
         return made
 
     def model() -> nn.Module:
-        assert not isinstance(recipe.model, steep.late)
+        assert not isinstance(recipe.model, steep.deferred)
         return recipe.model().double()
 
     return recipe.replace(data=data, model=model)

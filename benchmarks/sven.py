@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from steep.backward.sven import Sven
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 from steep.tasks.networks import MLP, SmallCNN, Transformer
 
 RTOL = 1e-3

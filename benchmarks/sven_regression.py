@@ -14,7 +14,7 @@ import torch
 
 import steep
 import steep.evidence.study
-from steep.evidence.jobs import hardware, versions
+from steep.evidence.runs.jobs import hardware, versions
 
 TASKS = {"function-1d": 5, "polynomial": 5, "photo": 10}  # epochs
 
@@ -33,13 +33,13 @@ def train_with_lbfgs(recipe, *, lr=0.1, max_iter=3, history_size=10, line_search
     return recipe.replace(optimizer=build, scheduler=None)
 
 
-LBFGS = steep.Card(
+LBFGS = steep.Method(
     id="lbfgs",
     paper=steep.Paper("On the limited memory BFGS method for large scale optimization", year=1989),
     changes="optim",
     make=train_with_lbfgs,
-    plug=train_with_lbfgs,
-    space={
+    apply=train_with_lbfgs,
+    search_space={
         "lr": steep.log_uniform(0.03, 1.0),
         "max_iter": steep.choice(1, 3, 5),
         "line_search": steep.choice(True, False),
@@ -47,7 +47,7 @@ LBFGS = steep.Card(
 )
 
 
-def row(arm: steep.evidence.study.Arm) -> dict:
+def row(arm: steep.evidence.study.ArmResult) -> dict:
     finals = [run.test.get("loss") for run in arm.runs]
     judged = {"equal steps": arm.scores, "equal time": arm.scores_at_equal_time}
     return {

@@ -36,10 +36,10 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from steep.evidence import power as powers
-from steep.evidence import statistics
-from steep.evidence.sequential import Look, followed, planned
-from steep.evidence.store import Store
+from steep.evidence.runs.store import Store
+from steep.evidence.statistics import paired
+from steep.evidence.statistics import power as powers
+from steep.evidence.statistics.sequential import InterimAnalysis, followed, planned
 from steep.evidence.study import Comparison
 
 Array = NDArray[np.float64]
@@ -102,7 +102,7 @@ def study(rng: Rng, noise: Noise, seeds: int, *, arms: int, effect: float) -> di
     loss = SPLIT_SD * rng.standard_normal(seeds) + noise(rng, (1 + arms, seeds))
     loss[1] -= effect
     baseline, *others = loss.tolist()
-    return {f"arm {i}": statistics.compare(arm, baseline) for i, arm in enumerate(others)}
+    return {f"arm {i}": paired.compare(arm, baseline) for i, arm in enumerate(others)}
 
 
 def decided(family: Mapping[str, Comparison]) -> bool:
@@ -120,42 +120,42 @@ def row(hits: Iterable[bool], **what: Any) -> Row:
 def false_verdicts(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) -> list[Row]:
     made = [list(study(rng, noise, seeds, arms=max(FAMILIES), effect=0).items()) for _ in range(studies)]
     return [
-        row((decided(statistics.adjust(dict(s[:arms]))) for s in made), noise=name, seeds=seeds, arms=arms)
+        row((decided(paired.adjust(dict(s[:arms]))) for s in made), noise=name, seeds=seeds, arms=arms)
         for arms in FAMILIES
     ]
 
 
 def sequential(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
     """False verdicts of any arm at any look."""
-    looks = planned(16, arms, sequential=True)
-    made = (looked(rng, noise, arms, looks)[0] for _ in range(studies))
+    analyses = planned(16, arms, sequential=True)
+    made = (looked(rng, noise, arms, analyses)[0] for _ in range(studies))
     return row(map(decided, made), noise=name, arms=arms)
 
 
 def looked(
-    rng: Rng, noise: Noise, arms: int, looks: Sequence[Look], effect: float = 0
-) -> tuple[dict[str, Comparison], dict[str, Look]]:
+    rng: Rng, noise: Noise, arms: int, analyses: Sequence[InterimAnalysis], effect: float = 0
+) -> tuple[dict[str, Comparison], dict[str, InterimAnalysis]]:
     """Every arm at the look that ended it, and these looks; the first arm has the effect."""
-    split = SPLIT_SD * rng.standard_normal(looks[-1].pairs)
-    loss = split + noise(rng, (1 + arms, looks[-1].pairs))
+    split = SPLIT_SD * rng.standard_normal(analyses[-1].pairs)
+    loss = split + noise(rng, (1 + arms, analyses[-1].pairs))
     loss[1] -= effect
     baseline, *others = loss.tolist()
     found: dict[str, Comparison] = {}
 
-    def judged(look: Look, going: Sequence[str]) -> Mapping[str, Comparison]:
-        n = look.pairs
-        alone = {name: statistics.compare(others[int(name)][:n], baseline[:n], alpha=look.alpha) for name in going}
-        found.update(statistics.adjust(alone, arms))
+    def judged(analysis: InterimAnalysis, going: Sequence[str]) -> Mapping[str, Comparison]:
+        n = analysis.pairs
+        alone = {name: paired.compare(others[int(name)][:n], baseline[:n], alpha=analysis.alpha) for name in going}
+        found.update(paired.adjust(alone, arms))
         return found
 
-    ended = followed(looks, [str(i) for i in range(arms)], judged)
+    ended = followed(analyses, [str(i) for i in range(arms)], judged)
     return found, ended
 
 
 def sequential_power(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
-    looks = planned(16, arms, sequential=True)
-    effect = powers.minimum_detectable_effect(2**0.5, looks[-1].pairs, looks[-1].alpha / arms)
-    made = [looked(rng, noise, arms, looks, effect) for _ in range(studies)]
+    analyses = planned(16, arms, sequential=True)
+    effect = powers.minimum_detectable_effect(2**0.5, analyses[-1].pairs, analyses[-1].alpha / arms)
+    made = [looked(rng, noise, arms, analyses, effect) for _ in range(studies)]
     first = [found["0"] for found, _ in made]
     return row(
         (c.verdict == "helps" for c in first),
@@ -185,7 +185,7 @@ def power(rng: Rng, seeds: int, arms: int, studies: int) -> Row:
         return {"seeds": seeds, "arms": arms, "effect": None, "rate": None}
     effect = powers.minimum_detectable_effect(sd, seeds, powers.ALPHA / arms)
     made = (study(rng, gaussian, seeds, arms=arms, effect=effect) for _ in range(studies))
-    return row((statistics.adjust(s)["arm 0"].verdict == "helps" for s in made), seeds=seeds, arms=arms, effect=effect)
+    return row((paired.adjust(s)["arm 0"].verdict == "helps" for s in made), seeds=seeds, arms=arms, effect=effect)
 
 
 def censored_times(rng: Rng, seeds: int) -> list[float | None]:
@@ -194,7 +194,7 @@ def censored_times(rng: Rng, seeds: int) -> list[float | None]:
 
 def time_to_target(rng: Rng, seeds: int, studies: int) -> Row:
     pairs = ((censored_times(rng, seeds), censored_times(rng, seeds)) for _ in range(studies))
-    return row((decided({"arm": statistics.paired_time_to_target(*pair)}) for pair in pairs), seeds=seeds)
+    return row((decided({"arm": paired.paired_time_to_target(*pair)}) for pair in pairs), seeds=seeds)
 
 
 def controls(stores: Iterable[Path]) -> list[Row]:
@@ -220,7 +220,7 @@ def simulate(studies: int, seeds: Sequence[int], seed: int, made: Sequence[Row] 
     noises: dict[str, Noise] = {noise.__name__: noise for noise in NOISES}
     if pool := pool_of(made):
         noises["recorded"] = partial(recorded, pool=pool)
-    judged = [c["verdict"] in statistics.DECIDED for c in made if c["verdict"] != "too few seeds"]
+    judged = [c["verdict"] in paired.DECIDED for c in made if c["verdict"] != "too few seeds"]
     return {
         "false verdicts": [r for k, f in noises.items() for n in seeds for r in false_verdicts(rng, k, f, n, studies)],
         "sequential": [sequential(rng, k, f, arms, studies) for k, f in noises.items() for arms in FAMILIES],

@@ -20,7 +20,7 @@ def fit(lab, seed, size, lr, eta=None):
     recipe = steep.task("mnist10k", epochs=EPOCHS, batch_size=size).replace(
         model=partial(MLP, 784, 64, 10), optimizer=partial(torch.optim.Adagrad, lr=lr)
     )
-    recipe = lab.shorter(recipe) if eta is None else steep.card("adadagrad").apply(lab.shorter(recipe), lr=lr, eta=eta)
+    recipe = lab.shorter(recipe) if eta is None else steep.method("adadagrad")(lab.shorter(recipe), lr=lr, eta=eta)
     result = steep.fit(recipe, seed=seed, evaluate_every=10**9, progress=False)
     updates = len(result.history.losses)
     return {"val": result.val["accuracy"], "test": result.test["accuracy"], "updates": updates}

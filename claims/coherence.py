@@ -33,9 +33,9 @@ def digits(seed, size, noise):
     return x[:size], drawn, drawn != y[:size], x[size:], y[size:]
 
 
-def trained(model, x, y, rule, lr, steps, every, seed, look):
+def trained(model, x, y, rule, lr, steps, every, seed, analysis):
     """What `look` sees before the first step and after each `every` of them."""
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=lr), [look(model)]
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=lr), [analysis(model)]
     g = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(steps * BATCH // len(x) + 1)])
     for step, chosen in enumerate(order[: steps * BATCH].split(BATCH), 1):
@@ -43,7 +43,7 @@ def trained(model, x, y, rule, lr, steps, every, seed, look):
         rule(losses(model, (x[chosen], y[chosen])))
         optimizer.step()
         if step % every == 0:
-            found.append(look(model))
+            found.append(analysis(model))
     return found
 
 
@@ -55,10 +55,10 @@ def early_coherence(seed, noise, steps):
     """Mean m-coherence of 1000 examples in the first steps."""
     x, y, *_ = digits(seed, 1000, noise)
 
-    def look(model):
+    def analysis(model):
         return m_coherence(model, losses, zip(x.split(250), y.split(250), strict=True))["total"]
 
-    found = trained(network(seed), x, y, mean, 0.1, steps, 10, seed, look)
+    found = trained(network(seed), x, y, mean, 0.1, steps, 10, seed, analysis)
     return sum(found) / len(found)
 
 
@@ -68,12 +68,12 @@ def course(seed, lr, clip, steps):
     model = network(seed)
 
     @torch.no_grad()
-    def look(model):
+    def analysis(model):
         learned, right = model(x).argmax(1) == y, model(test_x).argmax(1) == test_y
         return [float(t.double().mean()) for t in (learned[~wrong], learned[wrong], right)]
 
     rule = CoherentGradient(model, clip=clip) if clip else mean
-    return trained(model, x, y, rule, lr, steps, EVERY, seed, look)
+    return trained(model, x, y, rule, lr, steps, EVERY, seed, analysis)
 
 
 def measure(seed, steps):

@@ -6,7 +6,7 @@ from steep.evidence.claims import Claim, Quantity, columns
 
 def experiment(lab):
     recipe = steep.task("mnist10k", epochs=5)
-    arms = {"EfficientTrain": [(steep.card("efficienttrain"), {"max_magnitude": 0.0})], "full size": []}
+    arms = {"EfficientTrain": [(steep.method("efficienttrain"), {"max_magnitude": 0.0})], "full size": []}
 
     def train(seed):
         found = {}

@@ -13,7 +13,7 @@ def rounds_to_target(lab, arm, alpha, lr, seed):
     """The first round after which the accuracy is reached, or `None`; FedSGD takes one step per client and round."""
     settings = dict(ARMS[arm])
     recipe = steep.task("digits-federated", alpha=alpha, fraction=0.25, rounds=settings.pop("rounds"))
-    recipe = lab.shorter(steep.card("fedavg").apply(recipe, lr=lr, **settings))
+    recipe = lab.shorter(steep.method("fedavg")(recipe, lr=lr, **settings))
     curve = steep.fit(recipe, seed=seed, evaluate_every=1, progress=False).history.evaluations
     return next((point["step"] for point in curve if point["accuracy"] >= TARGET), None)
 

@@ -14,7 +14,7 @@ def experiment(lab):
         found = {}
         for n, m in ((1, 16), (2, 4)):
             for name, settings in (("decay", DECAY), ("SR-STE", SR_STE)):
-                sparse = steep.card("nm-gradient-flow").apply(recipe, n=n, m=m, layers="blocks.*.mlp.*", **settings)
+                sparse = steep.method("nm-gradient-flow")(recipe, n=n, m=m, layers="blocks.*.mlp.*", **settings)
                 test = steep.fit(sparse, seed=seed, evaluate_every=10**9, progress=False).test
                 found |= {f"{name} {n}:{m} {score}": value for score, value in test.items()}
         return found

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import steep
-from steep.calibration import expected_calibration_error
 from steep.evidence.claims import Claim, Quantity, scores
 from steep.tasks.networks import MLP
+from steep.utils.calibration import expected_calibration_error
 
 
 def data(generator):

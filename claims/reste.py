@@ -63,7 +63,7 @@ def train(recipe, network, o_end, seed):
         run.attach(handle)
         return model
 
-    result = steep.fit(recipe.replace(model=steep.late(build)), seed=seed, evaluate_every=10**9, progress=False)
+    result = steep.fit(recipe.replace(model=steep.deferred(build)), seed=seed, evaluate_every=10**9, progress=False)
     error, variance = (math.exp(sum(logs) / len(logs)) for logs in zip(*noted[-1].seen, strict=True))
     return result.test["accuracy"], error, variance
 

@@ -1,21 +1,19 @@
 """SPRING: what keeping the last direction gains, on a Poisson equation instead of an atom."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 import steep
-from steep.backward.spring import card, train_with_spring
+from steep.backward.spring import method
 from steep.evidence.claims import Claim, Quantity, scores
 
-MINSR = steep.Card(  # the same without memory
+MINSR = replace(  # the same without memory
+    method,
     id="minsr",
-    paper=card.paper,
-    changes="backward",
-    make=partial(train_with_spring, momentum=0.0),
-    plug=partial(train_with_spring, momentum=0.0),
-    space={name: card.space[name] for name in ("lr", "damping")},
-    needs=card.needs,
+    preset={**method.preset, "momentum": 0.0},
+    search_space={name: method.search_space[name] for name in ("lr", "damping")},
 )
 
 

@@ -9,9 +9,9 @@ from torch import nn
 import steep
 from steep.backward.wta_crs import WTACRS
 from steep.evidence.claims import Claim, Pairs, Quantity, columns
-from steep.measure import saved_bytes
-from steep.randomness import generator
+from steep.loop.measure import saved_bytes
 from steep.tasks.networks import Block
+from steep.utils.randomness import generator
 
 BATCH, EPOCHS, DRAWS = 32, 10, 8
 KINDS = (("wta", 0.3), ("crs", 0.3), ("top-k", 0.3), ("wta", 0.1), ("crs", 0.1))
@@ -87,10 +87,10 @@ def experiment(lab):
     def measure(seed):
         found = {}
         for name, hyper in ARMS.items():
-            arm = steep.card("wta-crs").apply(recipe, layers=sampled, seed=seed, **hyper)
+            arm = steep.method("wta-crs")(recipe, layers=sampled, seed=seed, **hyper)
             test = steep.fit(arm, seed=seed, evaluate_every=10**9, progress=False, device="cpu").test
             found |= {f"{name} {score}": value for score, value in test.items()}
-        return found | errors_in_training(steep.card("wta-crs").apply(recipe, layers=sampled, seed=seed), seed)
+        return found | errors_in_training(steep.method("wta-crs")(recipe, layers=sampled, seed=seed), seed)
 
     seeds, kept = list(range(8)), {ratio: bytes_kept(ratio) for ratio in (0.3, 1.0)}
     rows, some, every = lab.each(seeds, measure), kept[0.3], kept[1.0]

@@ -20,10 +20,10 @@ import measured
 from measured import table
 
 import steep
-from steep.card import ROOMS, cards
 from steep.cli import range_text
-from steep.evidence import ledger
-from steep.evidence.verdicts import effect, gains, number, numbers
+from steep.evidence.claims import ledger
+from steep.evidence.claims.verdicts import effect, gains, number, numbers
+from steep.method import PACKAGES, methods
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "not run"
@@ -39,25 +39,25 @@ def outcomes(root=ROOT):
     return found
 
 
-def example(card):
+def example(method):
     """The example of the docstring, or nothing."""
-    doc = inspect.getdoc(card.make) or ""
+    doc = inspect.getdoc(method.make) or ""
     block = re.search(r"^Example:\n((?:    .*\n?|\n)+)", doc, re.MULTILINE)
     if not block:
         return ""
-    lines, name = textwrap.dedent(block[1]).strip(), f"import {card.make.__name__}"
-    imported = "" if name in lines else f">>> from {card.make.__module__} {name}\n"
+    lines, name = textwrap.dedent(block[1]).strip(), f"import {method.make.__name__}"
+    imported = "" if name in lines else f">>> from {method.make.__module__} {name}\n"
     return f"```pycon\n{imported}{lines}\n```"
 
 
-def hyper_table(card):
-    rows = [f"| `{n}` | `{v!r}` | {range_text(card.space.get(n)) or '–'} |" for n, v in card.hyper.items()]
+def hyper_table(method):
+    rows = [f"| `{n}` | `{v!r}` | {range_text(method.space.get(n)) or '–'} |" for n, v in method.hyper.items()]
     return "\n".join(["| name | default | tuned over |", "|---|---|---|", *rows]) if rows else ""
 
 
-def cost_ratios(card, folder=ROOT / "benchmarks" / "results") -> Iterator[tuple[str, str, float]]:
+def cost_ratios(method, folder=ROOT / "benchmarks" / "results") -> Iterator[tuple[str, str, float]]:
     """Benchmark, place in its file and value of every recorded ratio of this method."""
-    names = (card.id, card.make.__name__.lower())
+    names = (method.id, method.make.__name__.lower())
     for path in sorted(folder.glob("*.json")):
         for place, value in leaves(json.loads(path.read_text())):
             if place[-1].lower().startswith(names) and ("ratio" in place or " / " in place[-1]):
@@ -73,8 +73,8 @@ def leaves(values, place=()):
             yield (*place, key), value
 
 
-def cost(card):
-    rows = [f"| `{file}` | {where} | {what} | {value:.3g} |" for file, where, what, value in cost_ratios(card)]
+def cost(method):
+    rows = [f"| `{file}` | {where} | {what} | {value:.3g} |" for file, where, what, value in cost_ratios(method)]
     return "\n".join(["| benchmark | on | ratio of | value |", "|---|---|---|---|", *rows]) if rows else ""
 
 
@@ -153,9 +153,9 @@ def share(axis, value):
     return axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0]
 
 
-def reference(card):
+def reference(method):
     """The directives that document what `make` makes, and whatever else its file names in ``__all__``."""
-    module, own = sys.modules[card.make.__module__], card.make.__name__
+    module, own = sys.modules[method.make.__module__], method.make.__name__
     return "\n\n".join(
         f".. autoclass:: {module.__name__}.{name}\n   :members:"
         if isinstance(getattr(module, name), type)
@@ -164,23 +164,23 @@ def reference(card):
     )
 
 
-def method_page(card, outcome=None):
+def method_page(method, outcome=None):
     """A page about one method, from its card and docstrings, and from its claim."""
-    doc = inspect.getdoc(sys.modules[card.make.__module__]) or ""
-    needs = "\n".join(f"- {steep.needs.NEEDS[n].what}" for n in sorted(card.needs))
-    command = f"```console\n$ steep compare RECIPE --methods {card.id}\n```" if card.plug else ""
-    year = f", {card.paper.year}" if card.paper.year else ""
+    doc = inspect.getdoc(sys.modules[method.make.__module__]) or ""
+    requires = "\n".join(f"- {steep.requires.REQUIREMENTS[n].what}" for n in sorted(method.requires))
+    command = f"```console\n$ steep compare RECIPE --methods {method.id}\n```" if method.is_arm else ""
+    year = f", {method.paper.year}" if method.paper.year else ""
     sections = {
-        "Formula": f"```text\n{card.formula}\n```" if card.formula else "",
-        "Usage": "\n\n".join(part for part in (example(card), command) if part),
-        "Hyper-parameters": hyper_table(card),
-        "Needs": needs,
-        "Cost": cost(card),
+        "Formula": f"```text\n{method.formula}\n```" if method.formula else "",
+        "Usage": "\n\n".join(part for part in (example(method), command) if part),
+        "Hyper-parameters": hyper_table(method),
+        "Needs": requires,
+        "Cost": cost(method),
         "In detail": f"```text\n{doc}\n```",
-        "Reference": f"```{{eval-rst}}\n{reference(card)}\n```",
+        "Reference": f"```{{eval-rst}}\n{reference(method)}\n```",
     }
     claim = claim_section(*outcome) if outcome else "## Claim\n\n```{admonition} Verdict: not run\nNo claim yet.\n```"
-    head = [f"# {card.id}", card.summary, f"*{card.paper.title}*{year}. <{card.paper.link}>", claim]
+    head = [f"# {method.id}", method.summary, f"*{method.paper.title}*{year}. <{method.paper.link}>", claim]
     return "\n\n".join([*head, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]) + "\n"
 
 
@@ -191,21 +191,21 @@ def which_page(found):
         "training, `steep compare` tells. *Helps* and *hurts*: the exact 95 % interval excludes no gain."
     )
     parts = ["# Which method for what", head, "## By what it changes"]
-    for room in ROOMS:
-        rows = [row for card in cards().values() if card.changes == room for row in rows_of(card, found)]
+    for package in PACKAGES:
+        rows = [row for method in methods().values() if method.changes == package for row in rows_of(method, found)]
         if rows:
-            parts += [f"### {room}", table(["method", "measured", "outcome", "gain [95 %]", "claim"], rows)]
+            parts += [f"### {package}", table(["method", "measured", "outcome", "gain [95 %]", "claim"], rows)]
     parts.append("## By what came out")
-    every = [row for card in cards().values() for row in rows_of(card, found)]
+    every = [row for method in methods().values() for row in rows_of(method, found)]
     for outcome in ("helps", "no evidence", "hurts", NOT_RUN):
         rows = [[method, what, gain] for method, what, result, gain, _ in every if result == outcome]
         parts += [f"### {outcome}", table(["method", "measured", "gain [95 %]"], rows) if rows else "None."]
     return "\n\n".join(parts) + "\n"
 
 
-def rows_of(card, found):
+def rows_of(method, found):
     """Method, what was measured, outcome, gain and verdict: a row for each quantity of its claim."""
-    link, (_, entry, state) = f"[{card.id}]({card.id}.md)", found.get(card.id, (None, None, ""))
+    link, (_, entry, state) = f"[{method.id}]({method.id}.md)", found.get(method.id, (None, None, ""))
     if not entry or not entry.quantities:
         return [[link, "–", NOT_RUN, "–", entry.verdict if entry else "–"]]
     stale = " (stale)" if state == "stale" else ""
@@ -219,11 +219,11 @@ def interval(judged):
 
 def index_page():
     lines = ["# Methods", "What each changes in a training step. [Which method for what](which.md)"]
-    for room in ROOMS:
-        own = [c for c in cards().values() if c.changes == room]
+    for package in PACKAGES:
+        own = [c for c in methods().values() if c.changes == package]
         if own:
-            lines += [f"## {room}", "\n".join(f"- [{c.id}]({c.id}.md): {c.summary}" for c in own)]
-    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(card for card in cards()) + "\n```")
+            lines += [f"## {package}", "\n".join(f"- [{c.id}]({c.id}.md): {c.summary}" for c in own)]
+    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(method for method in methods()) + "\n```")
     return "\n\n".join(lines) + "\n"
 
 
@@ -231,7 +231,7 @@ def write_pages(folder):
     """All pages and plots. Those of methods that are gone go too."""
     folder.mkdir(exist_ok=True)
     found = outcomes()
-    pages = {f"{card.id}.md": method_page(card, found.get(card.id)) for card in cards().values()}
+    pages = {f"{method.id}.md": method_page(method, found.get(method.id)) for method in methods().values()}
     pages |= {"index.md": index_page(), "which.md": which_page(found), "measured.md": measured.page()}
     for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
         old.unlink()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steep.evidence import table
-from steep.evidence.store import open_store
+from steep.evidence.report import table
+from steep.evidence.runs.store import open_store
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -3,27 +3,37 @@
 from typing import TYPE_CHECKING, Any
 
 from steep.batches import Batch, Data, Indexed, dirichlet_clients, split_loaders, tensor_loader
-from steep.card import Card, Choice, Paper, Range, UnknownName, card, cards, choice, integer, log_uniform, uniform
-from steep.checkpoint import CheckpointError
-from steep.eval_weights import eval_weights
 from steep.fit import Result, fit
-from steep.needs import UnmetNeed
-from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, late
+from steep.loop.checkpoint import CheckpointError
+from steep.loop.eval_weights import eval_weights
+from steep.loop.saver import Interrupted
+from steep.loop.tracking import Log
+from steep.loop.training import NonFinite
+from steep.method import (
+    Choice,
+    Method,
+    Paper,
+    Range,
+    UnknownName,
+    choice,
+    integer,
+    log_uniform,
+    method,
+    methods,
+    uniform,
+)
+from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, deferred
+from steep.requires import UnmetRequirement
 from steep.roles import param_roles
-from steep.saver import Interrupted
 from steep.tasks import task
-from steep.tracking import Log
-from steep.training import NonFinite
+from steep.version import __version__
 
 if TYPE_CHECKING:
     from steep.evidence.compare import compare
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Batch",
     "Budget",
-    "Card",
     "CheckpointError",
     "Choice",
     "Data",
@@ -31,6 +41,7 @@ __all__ = [
     "Interrupted",
     "Log",
     "Mean",
+    "Method",
     "Metric",
     "NonFinite",
     "Paper",
@@ -39,19 +50,20 @@ __all__ = [
     "Result",
     "Run",
     "UnknownName",
-    "UnmetNeed",
+    "UnmetRequirement",
+    "__version__",
     "accuracy",
-    "card",
-    "cards",
     "choice",
     "compare",
     "compose",
+    "deferred",
     "dirichlet_clients",
     "eval_weights",
     "fit",
     "integer",
-    "late",
     "log_uniform",
+    "method",
+    "methods",
     "param_roles",
     "split_loaders",
     "task",

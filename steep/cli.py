@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 import steep
-from steep.card import Card, Choice, Range, card, cards
+from steep.loop.training import RunError
+from steep.method import Choice, Method, Range
 from steep.tasks import tasks
-from steep.training import RunError
 
 if TYPE_CHECKING:
     from steep.evidence.study import RunRecord
@@ -72,7 +72,7 @@ def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "metho
     for column in ("id", "changes", "what it does") if what == "methods" else ("task", "what it is"):
         table.add_column(column, no_wrap=not column.startswith("what"))
     if what == "methods":
-        for c in cards().values():
+        for c in steep.methods().values():
             table.add_row(c.id, c.changes, c.summary)
     else:
         for t in tasks().values():
@@ -85,22 +85,25 @@ def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "metho
 @_plainly
 def show(method: Annotated[str, typer.Argument(help="a method's id")]) -> None:
     """Show a method: what it does, formula, hyper-parameters, what it needs, paper."""
-    c = card(method)
+    c = steep.method(method)
     out.print(f"[bold]{c.id}[/bold]  (changes: {c.changes})\n", highlight=False)
     print(inspect.getdoc(sys.modules[c.make.__module__]) or c.summary, end="\n\n")
     out.print(_hyper_table(c))
-    if c.needs:
-        out.print("\nneeds  " + "\n       ".join(steep.needs.NEEDS[n].what for n in sorted(c.needs)), markup=False)
+    if c.requires:
+        out.print(
+            "\nneeds  " + "\n       ".join(steep.requires.REQUIREMENTS[n].what for n in sorted(c.requires)),
+            markup=False,
+        )
     year = f" ({c.paper.year})" if c.paper.year else ""
     out.print(f"\npaper  {c.paper.title}{year}\n       {c.paper.link or ''}", highlight=False, markup=False)
 
 
-def _hyper_table(c: Card) -> Table:
+def _hyper_table(c: Method) -> Table:
     table = Table(box=None, header_style="bold")
     for column in ("hyper-parameter", "default", "tuned over"):
         table.add_column(column)
     for name, default in c.hyper.items():
-        table.add_row(name, repr(default), range_text(c.space.get(name)))
+        table.add_row(name, repr(default), range_text(c.search_space.get(name)))
     return table
 
 
@@ -135,8 +138,8 @@ def fit(
     json_: Annotated[bool, typer.Option("--json", help="print the result with all digits, as JSON")] = False,
 ) -> None:
     """Train a recipe once, with or without methods."""
-    from steep.evidence.jobs import arm_recipe
-    from steep.evidence.source import load_recipe
+    from steep.evidence.runs.jobs import arm_recipe
+    from steep.evidence.runs.source import load_recipe
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -216,9 +219,9 @@ def compare(
     ] = None,
 ) -> None:
     """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
-    from steep.evidence import table
     from steep.evidence.compare import compare as run
-    from steep.evidence.shared import without_passwords
+    from steep.evidence.report import table
+    from steep.evidence.runs.shared import without_passwords
 
     if resume is not None:
         return _go_on(resume)
@@ -247,7 +250,7 @@ def compare(
 
 def _go_on(directory: Path) -> None:
     """Run again what was typed to start a comparison."""
-    from steep.evidence.store import open_store
+    from steep.evidence.runs.store import open_store
 
     command = open_store(directory).command()
     print(command, file=sys.stderr)
@@ -266,7 +269,7 @@ def runs(
     json_: Annotated[bool, typer.Option("--json", help="one JSON object a line, with everything")] = False,
 ) -> None:
     """List the trainings that a comparison has made so far."""
-    from steep.evidence.store import open_store
+    from steep.evidence.runs.store import open_store
 
     wanted = {k: v for k, v in {"arm": arm, "role": role, "outcome": outcome, "seed": seed}.items() if v is not None}
     found = [r for r in open_store(directory).records() if all(getattr(r, k) == v for k, v in wanted.items())]
@@ -305,7 +308,7 @@ def claims(
     workers: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
 ) -> None:
     """Run papers' claims whose code has changed since they were last run, and show all verdicts."""
-    from steep.evidence import ledger as book
+    from steep.evidence.claims import ledger as book
 
     place = ledger or folder.parent / "ledger"
     chosen = book.choose(book.load_claims(folder), ids or [])
@@ -327,9 +330,9 @@ def report(
     directory: Annotated[Path, typer.Argument(help="the --out of a finished compare")] = Path("steep-compare"),
 ) -> None:
     """Print a finished comparison again, and write its report afresh."""
-    from steep.evidence import report as pages
-    from steep.evidence import table
-    from steep.evidence.store import open_store
+    from steep.evidence.report import page as pages
+    from steep.evidence.report import table
+    from steep.evidence.runs.store import open_store
 
     store = open_store(directory)
     study = store.study()
@@ -338,7 +341,7 @@ def report(
 
 
 def _claims_table(rows: Iterable[tuple[Any, Any, str]]) -> Table:
-    from steep.evidence.verdicts import numbers
+    from steep.evidence.claims.verdicts import numbers
 
     table = Table(box=None, header_style="bold")
     for column in ("claim", "state", "verdict", "what was measured"):

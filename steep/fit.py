@@ -11,14 +11,14 @@ import torch
 from accelerate.tracking import GeneralTracker
 from torch import nn
 
-from steep import checkpoint as checkpoints
-from steep.console import bar, interrupts
-from steep.measure import PeakMemory
-from steep.randomness import stream_seed
+from steep.loop import checkpoint as checkpoints
+from steep.loop.console import bar, interrupts
+from steep.loop.measure import PeakMemory
+from steep.loop.saver import Saver
+from steep.loop.tracking import Log, as_log, logged
+from steep.loop.training import History, NonFinite, Training, accelerator
 from steep.recipe import Recipe
-from steep.saver import Saver
-from steep.tracking import Log, as_log, logged
-from steep.training import History, NonFinite, Training, accelerator
+from steep.utils.randomness import stream_seed
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
 
@@ -81,7 +81,7 @@ def fit(
 
     Raises:
         NonFinite: a loss was NaN or infinite; names the step, the examples and the last good checkpoint.
-        UnmetNeed: a method needs something the recipe lacks.
+        UnmetRequirement: a method needs something the recipe lacks.
         CheckpointError: the checkpoint is truncated, of another model or of a newer version.
         Interrupted: Ctrl-C; the message says how to go on.
 

@@ -86,7 +86,7 @@ accuracy = Metric("accuracy", accuracy_of)
 
 @dataclass
 class Run:
-    """What is known only once a training has started; given to every `late` part.
+    """What is known only once a training has started; given to every `deferred` part.
 
     A part that must be stepped and saved with the training is handed over with `attach`. `model` is there once it is
     built, for losses that look at it.
@@ -122,13 +122,13 @@ class Run:
         return part
 
 
-class late:
+class deferred:
     """A recipe's `model`, `loss`, `score` or `backward` that is built when a training starts, from its `Run`.
 
     Example:
         >>> from torch import nn
         >>> import steep
-        >>> wide = steep.late(lambda run: nn.Linear(4, run.data.num_examples))
+        >>> wide = steep.deferred(lambda run: nn.Linear(4, run.data.num_examples))
     """
 
     def __init__(self, build: Callable[[Run], Any]):
@@ -141,12 +141,12 @@ class Recipe:
 
     Args:
         data: ``data(generator) -> Data``: the loaders of one random split.
-        model: ``model() -> nn.Module``, initialised from torch's generator (seeded by `fit`); or `late`.
-        loss: ``loss(output, target) -> (B,)``, one number per example; or `late`. A module is copied per run.
+        model: ``model() -> nn.Module``, initialised from torch's generator (seeded by `fit`); or `deferred`.
+        loss: ``loss(output, target) -> (B,)``, one number per example; or `deferred`. A module is copied per run.
         optimizer: ``optimizer(parameters) -> Optimizer``.
         scheduler: ``scheduler(optimizer, total_steps)``, stepped once per optimizer step, e.g. torch's
             `CosineAnnealingLR`.
-        backward: ``backward(model) -> Rule``; or `late`.
+        backward: ``backward(model) -> Rule``; or `deferred`.
         rounds: an outer loop of the recipe's own, ``rounds(model, run, local_step) -> iterator``, each item the
             losses of one round; ``local_step(model, batch)`` returns a batch's losses. Plain epochs where it is `None`.
         metric: scores held-out data beside the loss.
@@ -157,21 +157,21 @@ class Recipe:
     """
 
     data: Callable[[torch.Generator], Data]
-    model: Callable[[], nn.Module] | late
-    loss: Callable[..., Tensor] | late
+    model: Callable[[], nn.Module] | deferred
+    loss: Callable[..., Tensor] | deferred
     optimizer: Callable[[Iterable[Any]], Optimizer]
     scheduler: Callable[[Optimizer, int], Any] | None = None
-    backward: Callable[[nn.Module], Rule] | late = Mean
+    backward: Callable[[nn.Module], Rule] | deferred = Mean
     rounds: Callable[[nn.Module, Run, Callable[..., Tensor]], Iterator[Tensor]] | None = None
     metric: Metric | None = None
     budget: Budget = Budget(epochs=10)
-    score: Callable[..., Tensor] | late | None = None
+    score: Callable[..., Tensor] | deferred | None = None
     picture: Callable[[nn.Module | None], Tensor] | None = None
     name: str = "recipe"
 
     def __post_init__(self) -> None:
         for name in ("data", "optimizer", "backward"):
-            if not callable(getattr(self, name)) and not (name == "backward" and isinstance(self.backward, late)):
+            if not callable(getattr(self, name)) and not (name == "backward" and isinstance(self.backward, deferred)):
                 raise TypeError(f"Recipe.{name} must be a factory (a callable), got {getattr(self, name)!r}")
         if isinstance(self.model, nn.Module):
             raise TypeError(
@@ -182,9 +182,9 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:
-        """Build `model`, `loss`, `score` or the factory `backward`: by factory, `late`, or as a copy of a module."""
+        """Build `model`, `loss`, `score` or the factory `backward`: by factory, `deferred`, or as a module's copy."""
         value = getattr(self, part)
-        if isinstance(value, late):
+        if isinstance(value, deferred):
             return value.build(run)
         if part == "model":
             return value()
@@ -192,17 +192,18 @@ class Recipe:
 
 
 def compose(recipe: Recipe, methods: Sequence[tuple[Any, dict[str, Any]]]) -> Recipe:
-    """Apply cards, each with its hyper-parameters, from left to right.
+    """Apply methods, each with its hyper-parameters, from left to right.
 
     Raises:
-        ValueError: two methods replace the same noun and the later one does not wrap the earlier.
+        ValueError: two methods replace the same component and the later one does not wrap the earlier.
     """
     taken: dict[str, str] = {}
-    for card, hyper in methods:
-        if card.changes in taken and not card.wraps:
+    for method, hyper in methods:
+        if method.changes in taken and not method.wraps:
             raise ValueError(
-                f"{taken[card.changes]!r} and {card.id!r} both replace the recipe's {card.changes}: use one of them"
+                f"{taken[method.changes]!r} and {method.id!r} both replace the recipe's {method.changes}: "
+                "use one of them"
             )
-        taken[card.changes] = card.id
-        recipe = card.apply(recipe, **hyper)
+        taken[method.changes] = method.id
+        recipe = method(recipe, **hyper)
     return recipe

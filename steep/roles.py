@@ -25,8 +25,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
-from steep.card import nearest
-from steep.scoring import evaluating
+from steep.loop.scoring import evaluating
+from steep.utils.validation import nearest
 
 Role = Literal["embedding", "head", "convolution", "hidden", "norm", "bias", "other"]
 ROLES: tuple[Role, ...] = get_args(Role)  # of a tied parameter's roles the first one counts
@@ -75,7 +75,7 @@ def param_roles(model: nn.Module, *, example: Any = None, overrides: Mapping[str
         2.weight  head         2 x 8
         2.bias    bias         2
     """
-    head = _last_linear(model) if example is None else _last_called(model, example)
+    head = last_linear(model) if example is None else _last_called(model, example)
     uses: dict[int, list[tuple[str, Role]]] = {}
     for name, parameter, role in _owned(model, head):
         uses.setdefault(id(parameter), []).append((name, role))
@@ -140,7 +140,8 @@ def _linears(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _last_linear(model: nn.Module) -> nn.Module | None:
+def last_linear(model: nn.Module) -> nn.Module | None:
+    """The last linear layer defined in a model, which is the head of most; `None` without any."""
     return next(reversed(_linears(model)), None)
 
 

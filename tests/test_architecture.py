@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import steep
-from steep.card import ROOMS
+from steep.method import PACKAGES
 
 ROOT = Path(steep.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -18,7 +18,7 @@ FOUNDATIONS = {"per_example", "linalg"}
 def place(path):
     """The room, foundation or outer part a file belongs to; ``kernel`` for the modules of the package itself."""
     first = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if first in ROOMS or first in OUTER or first in FOUNDATIONS:
+    if first in PACKAGES or first in OUTER or first in FOUNDATIONS:
         return first
     return "kernel"
 
@@ -48,7 +48,7 @@ def allowed(importer, imported):
         return True
     if imported in OUTER:
         return False
-    if imported in ROOMS:
+    if imported in PACKAGES:
         return importer == imported or importer == "systems"
     return True
 
@@ -63,10 +63,10 @@ def test_dependencies_point_one_way(path):
 def test_methods_have_a_test_file_of_their_name():
     tests = Path(__file__).parent
     missing = [
-        f"{room}/{path.stem}"
-        for room in ROOMS
-        for path in (ROOT / room).glob("[!_]*.py")
-        if not (tests / room / f"test_{path.stem}.py").exists()
+        f"{package}/{path.stem}"
+        for package in PACKAGES
+        for path in (ROOT / package).glob("[!_]*.py")
+        if not (tests / package / f"test_{path.stem}.py").exists()
     ]
     assert not missing
 

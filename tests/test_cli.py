@@ -11,7 +11,7 @@ import pytest
 
 import steep
 from steep import cli
-from steep.evidence.store import Store
+from steep.evidence.runs.store import Store
 
 
 def run(monkeypatch, *arguments):
@@ -40,7 +40,7 @@ def recipe_file(tmp_path):
 def test_list_names_every_method_and_task(monkeypatch, capsys):
     assert run(monkeypatch, "list") == 0
     shown = capsys.readouterr().out
-    assert all(id in shown for id in steep.cards())
+    assert all(id in shown for id in steep.methods())
     assert run(monkeypatch, "list", "tasks") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("digits", "photo:NAME", "uci:NAME"))
@@ -51,10 +51,10 @@ def test_list_names_every_method_and_task(monkeypatch, capsys):
 def test_show_tells_formula_defaults_needs_and_paper(monkeypatch, capsys, id):
     assert run(monkeypatch, "show", id) == 0
     shown = capsys.readouterr().out
-    card = steep.card(id)
-    assert card.paper.arxiv in shown
-    assert all(name in shown for name in card.hyper)
-    assert all(steep.needs.NEEDS[need].what.split(" (")[0] in shown for need in card.needs)
+    method = steep.method(id)
+    assert method.paper.arxiv in shown
+    assert all(name in shown for name in method.hyper)
+    assert all(steep.requires.REQUIREMENTS[requirement].what.split(" (")[0] in shown for requirement in method.requires)
 
 
 def test_unknown_names_end_with_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -136,7 +136,7 @@ def test_every_line_of_the_report_repeats_its_run_bit_for_bit(monkeypatch, capsy
     lines = " ".join(row["command"] for row in rows)
     assert all(option in lines for option in ("--lr-scale", "--split-seed", "--method adabelief", "--set sgdp.lr="))
     page = html.unescape((out / "report.html").read_text())
-    shown = [row["command"] for row in rows if row["role"] in ("confirm", "twin") and row["split_seed"] == "0"]
+    shown = [row["command"] for row in rows if row["role"] in ("confirm", "aa-control") and row["split_seed"] == "0"]
     assert len(shown) == 5
     assert all(f"<code>{line}</code>" in page for line in shown)
 

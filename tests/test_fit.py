@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import steep
-from steep.randomness import Stream, generator, stream_seed
+from steep.utils.randomness import Stream, generator, stream_seed
 
 fit = functools.partial(steep.fit, progress=False)
 
@@ -261,7 +261,7 @@ def test_a_nan_gradient_names_the_parameter_and_the_last_good_checkpoint(regress
         steep.NonFinite, match=r"step 8 .*parameter '0.weight' is not finite.*finite checkpoint is .*good"
     ):
         fit(regression.replace(backward=Poison), checkpoint=path, evaluate_every=1)
-    saved = steep.checkpoint.load(path)
+    saved = steep.loop.checkpoint.load(path)
     assert all(v.isfinite().all() for v in saved["parts"]["model"].values())
     assert len(saved["history"]["losses"]) == 7
 
@@ -290,7 +290,7 @@ def test_a_scalar_loss_will_do_for_the_mean_but_not_where_a_vector_is_needed(reg
         return (output.squeeze(-1) - target).square().mean()
 
     class Vector(steep.Mean):
-        needs = frozenset({"losses"})
+        requires = frozenset({"losses"})
 
     assert fit(regression.replace(loss=scalar)).history.losses == fit(regression).history.losses
     with pytest.raises(ValueError, match=r"Vector needs one loss per example .* returned a scalar: .*reduction='none'"):
@@ -299,10 +299,10 @@ def test_a_scalar_loss_will_do_for_the_mean_but_not_where_a_vector_is_needed(reg
 
 def test_batchnorm_under_a_per_example_rule(regression):
     class PerExample(steep.Mean):
-        needs = frozenset({"losses", "independent_examples"})
+        requires = frozenset({"losses", "independent_examples"})
 
     recipe = regression.replace(model=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
-    with pytest.raises(steep.UnmetNeed, match=r"PerExample needs examples .*1 \(BatchNorm1d\).*GroupNorm"):
+    with pytest.raises(steep.UnmetRequirement, match=r"PerExample needs examples .*1 \(BatchNorm1d\).*GroupNorm"):
         fit(recipe.replace(backward=PerExample))
     frozen = recipe.replace(model=lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 1)))
     fit(frozen.replace(backward=PerExample))
@@ -310,7 +310,7 @@ def test_batchnorm_under_a_per_example_rule(regression):
 
 def test_missing_indices_name_the_line_to_change(regression):
     class Remembering(nn.Module):
-        needs = frozenset({"indices"})
+        requires = frozenset({"indices"})
 
         def forward(self, output, target, *, indices):
             return (output.squeeze(-1) - target).square()
@@ -320,7 +320,7 @@ def test_missing_indices_name_the_line_to_change(regression):
         return steep.Data(torch.utils.data.DataLoader(dataset, batch_size=4), torch.utils.data.DataLoader(dataset))
 
     recipe = regression.replace(loss=Remembering(), score=regression.loss)
-    with pytest.raises(steep.UnmetNeed, match=r"Remembering needs the index .*Indexed"):
+    with pytest.raises(steep.UnmetRequirement, match=r"Remembering needs the index .*Indexed"):
         fit(recipe.replace(data=bare))
 
     def indexed(g):

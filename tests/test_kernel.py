@@ -13,11 +13,11 @@ from torch import nn
 
 import steep
 from steep.batches import Batch, count_examples
-from steep.card import ROOMS, Card, Paper, card, cards
-from steep.files import write_atomic
-from steep.measure import Stopwatch
-from steep.randomness import Stream, stream_seed
-from steep.scoring import evaluating, score
+from steep.loop.measure import Stopwatch
+from steep.loop.scoring import evaluating, score
+from steep.method import PACKAGES, Method, Paper, method, methods
+from steep.utils.files import write_atomic
+from steep.utils.randomness import Stream, stream_seed
 
 
 class Optimizer:
@@ -30,16 +30,16 @@ class Optimizer:
         pass
 
 
-def make_card(**changes):
+def make_method(**changes):
     values = {"id": "thing", "paper": Paper("A thing", arxiv="1234.56789"), "changes": "optim", "make": Optimizer}
-    return Card(**values | changes)
+    return Method(**values | changes)
 
 
 # ---- cards
 
 
 def test_a_card_reads_its_hyper_parameters_and_summary_from_the_code():
-    c = make_card()
+    c = make_method()
     assert c.hyper == {"lr": 0.1, "name": "x", "flag": False}
     assert c.summary == "A thing."
     assert c.paper.link == "https://arxiv.org/abs/1234.56789"
@@ -48,14 +48,14 @@ def test_a_card_reads_its_hyper_parameters_and_summary_from_the_code():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"needs": {"gpu"}}, r"unknown needs \['gpu'\]"),
+        ({"requires": {"gpu"}}, r"unknown needs \['gpu'\]"),
         ({"changes": "kitchen"}, "not a room"),
-        ({"space": {"momentum": steep.uniform(0, 1)}}, r"space names \['momentum'\]"),
+        ({"search_space": {"momentum": steep.uniform(0, 1)}}, r"space names \['momentum'\]"),
     ],
 )
 def test_cards_that_contradict_themselves(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_card(**changes)
+        make_method(**changes)
 
 
 @pytest.mark.parametrize(
@@ -69,44 +69,50 @@ def test_cards_that_contradict_themselves(changes, message):
     ],
 )
 def test_hyper_parameters_are_checked_before_anything_runs(regression, hyper, message):
-    plugged = make_card(plug=lambda recipe, **h: recipe)
-    plugged.apply(regression, lr=1)
+    plugged = make_method(apply=lambda recipe, **h: recipe)
+    plugged(regression, lr=1)
     with pytest.raises(TypeError, match=message):
-        plugged.apply(regression, **hyper)
+        plugged(regression, **hyper)
 
 
 def test_a_card_without_a_plug_is_no_arm(regression):
     with pytest.raises(TypeError, match="used on its own"):
-        make_card().apply(regression)
+        make_method()(regression)
 
 
 def test_every_method_file_holds_a_card_of_its_name():
-    rooms = [os.path.join(os.path.dirname(steep.__file__), room) for room in ROOMS]
+    packages = [os.path.join(os.path.dirname(steep.__file__), package) for package in PACKAGES]
     files = {
-        f[:-3] for room in rooms if os.path.isdir(room) for f in os.listdir(room) if f.endswith(".py") and f[0] != "_"
+        f[:-3]
+        for package in packages
+        if os.path.isdir(package)
+        for f in os.listdir(package)
+        if f.endswith(".py") and f[0] != "_"
     }
-    assert files <= {id.replace("-", "_") for id in cards()}
+    assert files <= {id.replace("-", "_") for id in methods()}
 
 
 def test_unknown_methods_and_tasks_name_the_nearest():
     with pytest.raises(steep.UnknownName, match="unknown method 'adabeleif'; did you mean 'adabelief'") as error:
-        card("adabeleif")
+        method("adabeleif")
     assert str(error.value).startswith("unknown method")  # not KeyError's quoted repr
     with pytest.raises(steep.UnknownName, match="did you mean 'digits'"):
         steep.task("digit")
 
 
 def test_applying_a_method_pins_the_score_to_the_recipes_own_loss(regression):
-    plugged = make_card(plug=lambda recipe, **h: recipe.replace(loss=lambda o, t: 0 * o.squeeze(-1) + 7))
-    result = steep.fit(plugged.apply(regression), progress=False)
+    plugged = make_method(apply=lambda recipe, **h: recipe.replace(loss=lambda o, t: 0 * o.squeeze(-1) + 7))
+    result = steep.fit(plugged(regression), progress=False)
     assert set(result.history.losses) == {7.0}
     assert result.test["loss"] != 7.0
 
 
 def test_a_late_loss_still_scores_when_a_method_replaces_it(regression):
-    base = regression.replace(loss=steep.late(lambda run: lambda o, t: (o.squeeze(-1) - t).square() * run.total_steps))
-    plugged = make_card(plug=lambda recipe, **h: recipe.replace(loss=regression.loss))
-    ours, plain = (steep.fit(r, progress=False) for r in (plugged.apply(base), regression))
+    base = regression.replace(
+        loss=steep.deferred(lambda run: lambda o, t: (o.squeeze(-1) - t).square() * run.total_steps)
+    )
+    plugged = make_method(apply=lambda recipe, **h: recipe.replace(loss=regression.loss))
+    ours, plain = (steep.fit(r, progress=False) for r in (plugged(base), regression))
     assert ours.history.losses == plain.history.losses
     assert ours.test["loss"] == pytest.approx(20 * plain.test["loss"])
 
@@ -115,11 +121,11 @@ def test_a_late_loss_still_scores_when_a_method_replaces_it(regression):
 
 
 def test_compose_refuses_two_that_replace_the_same_noun(regression):
-    one = make_card(plug=lambda recipe, **h: recipe.replace(name=recipe.name + "1"))
-    two = make_card(id="other", plug=lambda recipe, **h: recipe.replace(name=recipe.name + "2"))
+    one = make_method(apply=lambda recipe, **h: recipe.replace(name=recipe.name + "1"))
+    two = make_method(id="other", apply=lambda recipe, **h: recipe.replace(name=recipe.name + "2"))
     with pytest.raises(ValueError, match="'thing' and 'other' both replace the recipe's optim"):
         steep.compose(regression, [(one, {}), (two, {})])
-    wrapping = make_card(id="other", wraps=True, plug=two.plug)
+    wrapping = make_method(id="other", wraps=True, apply=two.apply)
     assert steep.compose(regression, [(one, {}), (wrapping, {})]).name == "regression12"
 
 
@@ -143,7 +149,7 @@ def test_late_parts_see_the_run_and_are_stepped_and_saved(regression, tmp_path):
         made.append(run.attach(Counting(run.total_steps)))
         return regression.model()
 
-    recipe = regression.replace(model=steep.late(build))
+    recipe = regression.replace(model=steep.deferred(build))
     steep.fit(recipe, checkpoint=tmp_path / "c.pt", progress=False)
     assert (made[0].total, made[0].count) == (20, 20)
     steep.fit(recipe, checkpoint=tmp_path / "c.pt", progress=False)
@@ -289,7 +295,7 @@ def test_a_file_size_limit_like_a_full_disk_leaves_the_old_checkpoint(regression
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         with pytest.raises(OSError, match="File too large"):
-            steep.checkpoint.save(path, {"big": torch.zeros(10_000)})
+            steep.loop.checkpoint.save(path, {"big": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == kept

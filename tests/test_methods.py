@@ -5,7 +5,11 @@ import pytest
 import steep
 from steep.testing import checks
 
-ALL = [pytest.param(check, id=f"{card.id}-{name}") for card in steep.cards().values() for name, check in checks(card)]
+ALL = [
+    pytest.param(check, id=f"{method.id}-{name}")
+    for method in steep.methods().values()
+    for name, check in checks(method)
+]
 
 
 @pytest.mark.parametrize("check", ALL)

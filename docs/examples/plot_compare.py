@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 
 import steep
-from steep.evidence import table
+from steep.evidence.report import table
 
 recipe = steep.task("digits").replace(budget=steep.Budget(epochs=6))
 study = steep.compare(recipe, ["ps-kd", "adabelief"], trials=2, seeds=8, out=tempfile.mkdtemp(), progress=False)

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep import checkpoint
 from steep.adapters.attached import ELSEWHERE, Attached
 from steep.adapters.batches import Batches
 from steep.adapters.distributed import GlobalBatch
-from steep.needs import UnmetNeed
-from steep.training import requires_closure
+from steep.loop import checkpoint
+from steep.loop.training import requires_closure
+from steep.requires import UnmetRequirement
 
 __all__ = ["Backward", "Batches"]
 
@@ -42,7 +42,7 @@ class Backward:
         rule: backward rule; the ordinary mean by default.
 
     Raises:
-        UnmetNeed: the accelerator lacks what a part needs; names it and the line to change.
+        UnmetRequirement: the accelerator lacks what a part needs; names it and the line to change.
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ class Backward:
         for part in parts:
             _check_closure(part, accelerator)
         stepped = [part for part in parts if not isinstance(part, Optimizer)]
-        refused = {need: line for need, line in ELSEWHERE.items() if need != "tasks"}
+        refused = {requirement: line for requirement, line in ELSEWHERE.items() if requirement != "tasks"}
         self.attached = Attached("Accelerate", model, rule, stepped, refused)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
@@ -94,7 +94,7 @@ def _check_closure(part: Any, accelerator: Accelerator) -> None:
     if accelerator.scaler is None or not isinstance(part, Optimizer):
         return
     inner = getattr(part, "optimizer", part)
-    if "closure" in getattr(inner, "needs", ()) or requires_closure(inner):
-        raise UnmetNeed(
+    if "closure" in getattr(inner, "requires", ()) or requires_closure(inner):
+        raise UnmetRequirement(
             f"{type(inner).__name__} needs a closure, which a gradient scaler cannot give: use mixed_precision='bf16'"
         )

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from steep.adapters.distributed import GlobalBatch, check_sharding
 from steep.batches import Batch
-from steep.checkpoint import CheckpointError
-from steep.needs import NEEDS, Facts, UnmetNeed, check_losses, check_needs
+from steep.loop.checkpoint import CheckpointError
 from steep.recipe import Mean
+from steep.requires import REQUIREMENTS, Facts, UnmetRequirement, check_losses, check_requirements
 
 OF_THE_BATCH = frozenset({"indices", "classes", "images"})
 ELSEWHERE = {
@@ -29,18 +29,18 @@ class Attached:
         host: its name, for messages.
         model: what is trained.
         rule: backward rule; the ordinary mean where it is `None`.
-        parts: whatever has `step()`, `state_dict()` or `needs`: losses, handles, loaders, optimizers.
+        parts: whatever has `step()`, `state_dict()` or `requires`: losses, handles, loaders, optimizers.
         refused: needs that the host cannot meet, and the line to change for each.
 
     Raises:
-        UnmetNeed: naming the part, what is missing and the line to change.
+        UnmetRequirement: naming the part, what is missing and the line to change.
     """
 
     def __init__(self, host: str, model: nn.Module, rule: Any, parts: Iterable[Any], refused: Mapping[str, str]):
         self.host, self.model, self.refused = host, model, refused
         self.rule = Mean() if rule is None else rule
         self.parts: list[Any] = []
-        self._looked_at_batch = self._looked_at_shards = False
+        self._saw_batch = self._saw_shards = False
         self.check(self.rule)
         for part in parts:
             self.add(part)
@@ -51,27 +51,30 @@ class Attached:
         self.parts.append(part)
 
     @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(getattr(part, "needs", ()) for part in (self.rule, *self.parts)))
+    def requires(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(part, "requires", ()) for part in (self.rule, *self.parts)))
 
     def check(self, part: Any) -> None:
         """Refuse a part that the host cannot serve."""
-        name, needs = _name(part), set(getattr(part, "needs", ()))
+        name, requires = _name(part), set(getattr(part, "requires", ()))
         if hasattr(part, "__next__"):
-            needs.add("clients")
-        for need in sorted(needs & set(self.refused)):
-            raise UnmetNeed(f"{name} needs {NEEDS[need].what}, which {self.host} cannot give: {self.refused[need]}")
-        check_needs(name, needs & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
+            requires.add("clients")
+        for requirement in sorted(requires & set(self.refused)):
+            raise UnmetRequirement(
+                f"{name} needs {REQUIREMENTS[requirement].what}, which {self.host} cannot give: "
+                f"{self.refused[requirement]}"
+            )
+        check_requirements(name, requires & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
 
     def look_at(self, batch: Batch) -> None:
         """Compare what the parts need of a batch with the first one, and tell a rule that asks its indices."""
-        if "indices" in getattr(self.rule, "needs", ()):
+        if "indices" in getattr(self.rule, "requires", ()):
             self.rule.indices = batch.indices  # type: ignore[union-attr]
-        if not self._looked_at_batch:
+        if not self._saw_batch:
             for part in (self.rule, *self.parts):
-                needs = OF_THE_BATCH & set(getattr(part, "needs", ()))
-                check_needs(_name(part), needs, Facts(self.model, None, batch))  # type: ignore[arg-type]
-            self._looked_at_batch = True
+                requires = OF_THE_BATCH & set(getattr(part, "requires", ()))
+                check_requirements(_name(part), requires, Facts(self.model, None, batch))  # type: ignore[arg-type]
+            self._saw_batch = True
 
     def backward(self, losses: Any, scale: float) -> None:
         """Have the rule fill ``.grad``.
@@ -80,14 +83,14 @@ class Attached:
             losses: shape (B,), as the loss gave them; a dict of vectors for rules of several tasks.
             scale: of gradient scaler and accumulation together.
         """
-        if not self._looked_at_shards:
+        if not self._saw_shards:
             check_sharding(self.model.parameters(), self.rule, *self.parts)
-            self._looked_at_shards = True
+            self._saw_shards = True
         if isinstance(losses, Tensor):
-            vector = _name(self.rule) if "losses" in getattr(self.rule, "needs", ()) else None
-            check_losses(losses, len(losses) if losses.ndim else 1, needed_by=vector)
+            vector = _name(self.rule) if "losses" in getattr(self.rule, "requires", ()) else None
+            check_losses(losses, len(losses) if losses.ndim else 1, required_by=vector)
         if hasattr(self.rule, "engine") and not isinstance(self.rule, GlobalBatch) and _processes() > 1:
-            raise UnmetNeed(
+            raise UnmetRequirement(
                 f"{_name(self.rule)} needs the losses of all {_processes()} processes: attach "
                 f"steep.adapters.distributed.GlobalBatch({_name(self.rule)}(...))"
             )

@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steep.needs import NEEDS, UnmetNeed
 from steep.per_example import Part, Rows
 from steep.per_example.parts import CHUNK, height
 from steep.recipe import Mean
+from steep.requires import REQUIREMENTS, UnmetRequirement
 
-REMEDY = NEEDS["losses"].remedy
+REMEDY = REQUIREMENTS["losses"].remedy
 
 
 class Exchange:
@@ -186,7 +186,7 @@ class GlobalBatch:
                 "it as it is, and DDP averages the processes' gradients"
             )
         self.rule, self.group, self.sent_bytes = rule, group, 0
-        self.needs = frozenset({"losses"}) | getattr(rule, "needs", frozenset())
+        self.requires = frozenset({"losses"}) | getattr(rule, "requires", frozenset())
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
         if losses.ndim != 1:
@@ -226,7 +226,7 @@ def check_sharding(params: Iterable[Tensor], *parts: Any) -> None:
     and the mean gradient are taken to work.
 
     Raises:
-        UnmetNeed: naming the method and the way out.
+        UnmetRequirement: naming the method and the way out.
     """
     if not any(hasattr(p, "to_local") for p in params):
         return
@@ -234,7 +234,7 @@ def check_sharding(params: Iterable[Tensor], *parts: Any) -> None:
         kind = type(part) if not isinstance(part, type) else part
         elementwise = issubclass(kind, Mean) or kind.__module__.startswith("torch.")
         if not elementwise and getattr(part, "sharding", "whole") != "any":
-            raise UnmetNeed(
+            raise UnmetRequirement(
                 f"{kind.__name__} needs whole parameters, but fully_shard has divided them among processes: use "
                 "DistributedDataParallel, which keeps them whole, or a method whose class says sharding = 'any'"
             )
@@ -252,7 +252,7 @@ def sharded(method: Callable[..., Optimizer], params: Iterable[Tensor], **hyper:
         hyper: keyword arguments of the method.
 
     Raises:
-        UnmetNeed: the method needs whole parameters.
+        UnmetRequirement: the method needs whole parameters.
     """
     params = list(params)
     check_sharding(params, method)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from steep import checkpoint as checkpoints
 from steep.adapters.attached import ELSEWHERE, Attached
 from steep.adapters.batches import Dicts, Positions, Tuples, size_of
 from steep.batches import Batch
-from steep.needs import UnmetNeed
-from steep.training import requires_closure
+from steep.loop import checkpoint as checkpoints
+from steep.loop.training import requires_closure
+from steep.requires import UnmetRequirement
 
 FILE = "steep.pt"
 _Host: Any = object  # what the mixin has besides is the Trainer's
@@ -40,7 +40,7 @@ class SteepMixin(_Host):
         args, kwargs: the Trainer's; steep's optimizers go into ``optimizers=(optimizer, scheduler)``.
 
     Raises:
-        UnmetNeed: the Trainer lacks what a part needs; names it and the line to change.
+        UnmetRequirement: the Trainer lacks what a part needs; names it and the line to change.
     """
 
     train_dataset: Any
@@ -64,8 +64,8 @@ class SteepMixin(_Host):
         parts = parts if loss is None else (loss, *parts)
         self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": NO_CLOSURE})
         if self.args.n_gpu > 1:
-            raise UnmetNeed("per-example losses need one GPU per process: start the script with torchrun")
-        if "indices" in self.attached.needs and self.train_dataset is not None:
+            raise UnmetRequirement("per-example losses need one GPU per process: start the script with torchrun")
+        if "indices" in self.attached.requires and self.train_dataset is not None:
             self.train_dataset = Positions(self.train_dataset)
         self.add_callback(_Steps(self.attached))
 
@@ -100,7 +100,7 @@ class SteepMixin(_Host):
         outputs = model(**inputs)
         if isinstance(self.loss, nn.Module):
             self.loss.train(model.training)
-        memory = {"indices": indices} if "indices" in getattr(self.loss, "needs", ()) and model.training else {}
+        memory = {"indices": indices} if "indices" in getattr(self.loss, "requires", ()) and model.training else {}
         losses = self.loss(outputs["logits"], labels, **memory)
         return (losses, outputs) if return_outputs else losses
 
@@ -144,7 +144,7 @@ class _Steps(TrainerCallback):
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.attached.check(optimizer)
         if requires_closure(optimizer):
-            raise UnmetNeed(f"{type(optimizer).__name__} needs a closure: {NO_CLOSURE}")
+            raise UnmetRequirement(f"{type(optimizer).__name__} needs a closure: {NO_CLOSURE}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attached.step()

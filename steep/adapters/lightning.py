@@ -14,9 +14,9 @@ from torch import Tensor
 
 from steep.adapters.attached import ELSEWHERE, Attached
 from steep.batches import Batch
-from steep.checkpoint import CheckpointError
-from steep.needs import UnmetNeed
-from steep.training import requires_closure
+from steep.loop.checkpoint import CheckpointError
+from steep.loop.training import requires_closure
+from steep.requires import UnmetRequirement
 
 _Host: Any = object  # what the mixin has besides is the LightningModule's
 
@@ -34,7 +34,7 @@ class SteepModule(_Host):
     ``trainer.fit(model, ckpt_path=..., weights_only=True)``.
 
     Raises:
-        UnmetNeed: from `attach` or before the first step; names what is missing and the line to change.
+        UnmetRequirement: from `attach` or before the first step; names what is missing and the line to change.
 
     Example:
         >>> import torch
@@ -86,7 +86,7 @@ class SteepModule(_Host):
         super().on_train_start()
         for optimizer in self.trainer.optimizers:
             self._attached.check(optimizer)
-            if "closure" in getattr(optimizer, "needs", ()) or requires_closure(optimizer):
+            if "closure" in getattr(optimizer, "requires", ()) or requires_closure(optimizer):
                 _check_closure(type(optimizer).__name__, self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
@@ -129,12 +129,12 @@ def _check_closure(name: str, trainer: Any) -> None:
     """Lightning gives an optimizer no closure where a gradient scaler is, and one that adds to the gradients of the
     batches before where it accumulates."""
     if _scaler(trainer) is not None:
-        raise UnmetNeed(
+        raise UnmetRequirement(
             f"{name} needs a closure, which Lightning's precision='16-mixed' calls once and withholds: use 'bf16-mixed'"
         )
     count = trainer.accumulate_grad_batches
     if count > 1:
-        raise UnmetNeed(
+        raise UnmetRequirement(
             f"{name} needs a closure for the whole batch, but accumulate_grad_batches={count} gives it one for the "
             "last part: set it to 1 with a larger batch_size"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steep.needs import NEEDS
+from steep.requires import REQUIREMENTS
 
 
 def conditions(v: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def shifted_solve(gram: Tensor, r: Tensor, shift: float) -> Tensor:
 def check_vector(rule: str, losses: Tensor, *, outputs: bool = False) -> None:
     """Refuse a loss that was reduced too early, or not enough: (B, R) is for rules that tell the `outputs` apart."""
     if losses.ndim == 0:
-        raise ValueError(f"{rule} needs one loss per example, but got a scalar: {NEEDS['losses'].remedy}")
+        raise ValueError(f"{rule} needs one loss per example, but got a scalar: {REQUIREMENTS['losses'].remedy}")
     if losses.ndim > 1 + outputs:
         shapes = "(B,) or (B, R)" if outputs else "(B,)"
         raise ValueError(f"{rule} needs losses of shape {shapes}, got {tuple(losses.shape)}")

@@ -35,10 +35,10 @@ import torch
 from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector
-from steep.card import Card, Choice, Paper, uniform
+from steep.loop.scoring import evaluating
+from steep.method import Choice, Method, Paper, uniform
 from steep.per_example import PerExample, Rows
-from steep.scoring import evaluating
-from steep.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require
 
 AVERAGES = ("winsorized", "median-of-3", "rolling")
 
@@ -71,7 +71,7 @@ class CoherentGradient:
         tensor([[2.4000]])
     """
 
-    needs = frozenset({"losses", "model", "independent_examples"})
+    requires = frozenset({"losses", "model", "independent_examples"})
 
     def __init__(self, model: nn.Module, average: str = "winsorized", clip: float = 0.08):
         require("average", average, average in AVERAGES, f"one of {', '.join(AVERAGES)}")
@@ -229,14 +229,12 @@ def _ratio(together: float, squares: float) -> float:
     return together / squares if squares > torch.finfo(torch.float32).tiny else float("nan")
 
 
-card = Card(
+method = Method(
     id="coherence",
     paper=Paper("On the Generalization Mystery in Deep Learning", arxiv="2203.10036", year=2022),
     changes="backward",
     make=CoherentGradient,
-    plug=lambda recipe, **hyper: recipe.replace(backward=partial(CoherentGradient, **hyper)),
-    space={"average": Choice(AVERAGES), "clip": uniform(0.02, 0.3)},
-    needs=CoherentGradient.needs,
-    variants={"clip": 0.25},
+    search_space={"average": Choice(AVERAGES), "clip": uniform(0.02, 0.3)},
+    test_values={"clip": 0.25},
     formula="grad_j = winsorized mean or median of g_1j .. g_Bj;  m-coherence = |sum g_i|^2 / sum |g_i|^2",
 )

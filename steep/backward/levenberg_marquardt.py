@@ -21,18 +21,16 @@ falls until the step is noise).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector, conditions, damped_solve
-from steep.card import Card, Paper, log_uniform
+from steep.method import Method, Paper, log_uniform
 from steep.per_example import PerExample
 from steep.per_example.rows import Rows
-from steep.recipe import Recipe
-from steep.validation import Ranges, check_ranges
+from steep.utils.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"damping": "(0, inf)", "kappa": "(0, inf)", "adapt": "[1, inf)"}
 POOR, GOOD = 0.25, 0.75
@@ -78,12 +76,12 @@ class LevenbergMarquardt:
         True
     """
 
-    needs = frozenset({"losses", "model", "independent_examples", "closure"})
+    requires = frozenset({"losses", "model", "independent_examples", "closure"})
 
     def __init__(self, model: nn.Module, damping: float = 1.0, kappa: float = 2.0, adapt: float = 2.0):
         check_ranges({"damping": damping, "kappa": kappa, "adapt": adapt}, RANGES)
         self.damping, self.kappa, self.adapt = damping, kappa, adapt
-        self.needs = self.needs if adapt > 1 else self.needs - {"closure"}
+        self.requires = self.requires if adapt > 1 else self.requires - {"closure"}
         self.engine = PerExample(model)
         self.gain: float | None = None
         self._pending: _Step | None = None
@@ -153,23 +151,7 @@ class _Step:
         return ((before - now) / (before - linear)).item() if linear < before else -torch.inf
 
 
-def train_with_levenberg_marquardt(
-    recipe: Recipe, *, lr: float = 0.3, damping: float = 1.0, kappa: float = 1.0, adapt: float = 2.0
-) -> Recipe:
-    """Damped Gauss-Newton step of all per-example conditions of a batch at once, with self-adjusting damping.
-
-    Puts `LevenbergMarquardt` in the place of the mean's gradient, and plain SGD behind it; the recipe's schedule stays.
-
-    Args:
-        lr: learning rate of SGD, the share of each step that is made, > 0.
-        damping, kappa, adapt: see `LevenbergMarquardt`; kappa is 1, since a recipe's losses are usually squares.
-    """
-    check_ranges({"lr": lr}, {"lr": "(0, inf)"})
-    rule = partial(LevenbergMarquardt, damping=damping, kappa=kappa, adapt=adapt)
-    return recipe.replace(backward=rule, optimizer=partial(torch.optim.SGD, lr=lr))
-
-
-card = Card(
+method = Method(
     id="levenberg-marquardt",
     paper=Paper(
         "Efficient Subsampled Gauss-Newton and Natural Gradient Methods for Training Neural Networks",
@@ -177,9 +159,9 @@ card = Card(
         year=2019,
     ),
     changes="backward",
-    make=train_with_levenberg_marquardt,
-    plug=train_with_levenberg_marquardt,
-    space={"lr": log_uniform(0.03, 1.0)},
-    needs=LevenbergMarquardt.needs,
+    make=LevenbergMarquardt,
+    sgd_lr=0.3,  # the share of each step that is made
+    preset={"kappa": 1.0},  # a recipe's losses are usually squares
+    search_space={"lr": log_uniform(0.03, 1.0)},
     formula="grad = J' (J J' + damping mean(diag J J') I)^-1 r;  damping follows (|r|^2 - |r_new|^2) / (promised)",
 )

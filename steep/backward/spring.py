@@ -17,17 +17,15 @@ know the learning rate, so `constraint` bounds |φ'| itself, and the step by lr 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector, conditions, shifted_solve
-from steep.card import Card, Paper, log_uniform, uniform
+from steep.method import Method, Paper, log_uniform, uniform
 from steep.per_example import PerExample
-from steep.recipe import Recipe
-from steep.validation import Ranges, check_ranges
+from steep.utils.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"damping": "(0, inf)", "momentum": "[0, 1)", "kappa": "(0, inf)"}
 
@@ -60,7 +58,7 @@ class Spring:
         >>> optimizer.step()
     """
 
-    needs = frozenset({"losses", "model", "independent_examples"})
+    requires = frozenset({"losses", "model", "independent_examples"})
 
     def __init__(
         self,
@@ -117,29 +115,7 @@ class Spring:
         )
 
 
-def train_with_spring(
-    recipe: Recipe,
-    *,
-    lr: float = 0.1,
-    damping: float = 1e-3,
-    momentum: float = 0.99,
-    kappa: float = 1.0,
-    constraint: float | None = None,
-) -> Recipe:
-    """Damped Gauss-Newton step of a batch's conditions that keeps of the last one what the batch does not contradict.
-
-    Puts `Spring` in the place of the mean's gradient, and plain SGD behind it; the recipe's schedule stays.
-
-    Args:
-        lr: learning rate of SGD, > 0; 0.1 is what the paper's schedule starts from (unsure).
-        damping, momentum, kappa, constraint: see `Spring`; kappa is 1, since a recipe's losses are usually squares.
-    """
-    check_ranges({"lr": lr}, {"lr": "(0, inf)"})
-    rule = partial(Spring, damping=damping, momentum=momentum, kappa=kappa, constraint=constraint)
-    return recipe.replace(backward=rule, optimizer=partial(torch.optim.SGD, lr=lr))
-
-
-card = Card(
+method = Method(
     id="spring",
     paper=Paper(
         "A Kaczmarz-inspired approach to accelerate the optimization of neural network wavefunctions",
@@ -147,10 +123,10 @@ card = Card(
         year=2024,
     ),
     changes="backward",
-    make=train_with_spring,
-    plug=train_with_spring,
-    space={"lr": log_uniform(0.001, 1.0), "momentum": uniform(0.5, 0.99), "damping": log_uniform(1e-4, 1e-1)},
-    needs=Spring.needs,
-    variants={"constraint": 1e-4},
+    make=Spring,
+    sgd_lr=0.1,  # what the paper's schedule starts from (unsure)
+    preset={"kappa": 1.0},  # a recipe's losses are usually squares
+    search_space={"lr": log_uniform(0.001, 1.0), "momentum": uniform(0.5, 0.99), "damping": log_uniform(1e-4, 1e-1)},
+    test_values={"constraint": 1e-4},
     formula="phi = J' (J J'/B + lambda I)^-1 (r - mu J phi_old)/B + mu phi_old;  grad = phi",
 )

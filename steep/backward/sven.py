@@ -25,17 +25,15 @@ batch that stays the same, by less than 1 % up to rank 64.
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector, conditions
-from steep.card import Card, Paper, log_uniform
+from steep.method import Method, Paper, log_uniform
 from steep.per_example import PerExample
-from steep.recipe import Recipe
-from steep.validation import Ranges, check_ranges, require
+from steep.utils.validation import Ranges, check_ranges, require
 
 RANGES: Ranges = {"rtol": "[0, 1)", "kappa": "(0, inf)", "param_fraction": "(0, 1]", "power": "[-1, 1]"}
 
@@ -88,7 +86,7 @@ class Sven:
         True
     """
 
-    needs = frozenset({"losses", "model", "independent_examples"})
+    requires = frozenset({"losses", "model", "independent_examples"})
     global_batch = True
 
     def __init__(
@@ -215,43 +213,7 @@ def _check_divides(micro_batch: int, losses: Tensor) -> None:
         raise ValueError(f"micro_batch={micro_batch} must divide the number of examples, {len(losses)}")
 
 
-def train_with_sven(
-    recipe: Recipe,
-    *,
-    lr: float = 0.1,
-    rank: int | None = None,
-    rtol: float = 1e-3,
-    kappa: float = 2.0,
-    micro_batch: int = 1,
-    param_fraction: float = 1.0,
-    power: float = 1.0,
-    solver: str = "full",
-    seed: int = 0,
-) -> Recipe:
-    """Minimum-norm step towards the zeros of all per-example losses at once (singular value descent).
-
-    Puts `Sven` in the place of the mean's gradient, and plain SGD behind it, as in the paper.
-
-    Args:
-        lr: learning rate of SGD, > 0; the authors' README advises 0.05 .. 0.5.
-        rank, rtol, kappa, micro_batch, param_fraction, power, solver, seed: see `Sven`.
-    """
-    check_ranges({"lr": lr}, {"lr": "(0, inf)"})
-    rule = partial(
-        Sven,
-        rank=rank,
-        rtol=rtol,
-        kappa=kappa,
-        micro_batch=micro_batch,
-        param_fraction=param_fraction,
-        power=power,
-        solver=solver,
-        seed=seed,
-    )
-    return recipe.replace(backward=rule, optimizer=partial(torch.optim.SGD, lr=lr))
-
-
-card = Card(
+method = Method(
     id="sven",
     paper=Paper(
         "Sven: Singular Value Descent as a Computationally Efficient Natural Gradient Method",
@@ -259,11 +221,10 @@ card = Card(
         year=2026,
     ),
     changes="backward",
-    make=train_with_sven,
-    plug=train_with_sven,
-    space={"lr": log_uniform(0.01, 1.0), "rtol": log_uniform(1e-4, 1e-1)},
-    needs=Sven.needs,
-    variants={"rank": 2, "rtol": 0.3, "solver": "randomized"},
-    neutral={"seed", "solver"},  # without param_fraction below 1, or a rank, nothing is drawn
+    make=Sven,
+    sgd_lr=0.1,  # the authors' README advises 0.05 .. 0.5
+    search_space={"lr": log_uniform(0.01, 1.0), "rtol": log_uniform(1e-4, 1e-1)},
+    test_values={"rank": 2, "rtol": 0.3, "solver": "randomized"},
+    performance_flags={"seed", "solver"},  # without param_fraction below 1, or a rank, nothing is drawn
     formula="G = M M' = U S^2 U';  grad = M' U_k S_k^-2 U_k' r,  r = sign(v)|v|^(kappa/2), M = dr/dtheta",
 )

@@ -32,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.card import Card, Paper, log_uniform
+from steep.method import Method, Paper, log_uniform
 from steep.per_example.convolution import pad
-from steep.recipe import Recipe, Run, late
-from steep.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require
+from steep.ways import handle
 
 CHUNK = 2**22
 """Elements of patches that are unfolded at a time."""
@@ -223,23 +223,14 @@ def patches(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
-    def build(run: Run) -> nn.Module:
-        model = recipe.build("model", run)
-        TrAct(model, **hyper)
-        return model
-
-    return recipe.replace(model=late(build))
-
-
-card = Card(
+method = Method(
     id="tract",
     paper=Paper("TrAct: Making First-layer Pre-Activations Trainable", arxiv="2410.23970", year=2024),
     changes="backward",
     make=TrAct,
-    plug=_plug,
-    space={"lam": log_uniform(0.03, 0.3)},
-    variants={"layer": "5"},  # a later layer of the checks' network
+    apply=partial(handle, make=TrAct),  # a handle of the model's layer
+    search_space={"lam": log_uniform(0.03, 0.3)},
+    test_values={"layer": "5"},  # a later layer of the checks' network
     wraps=True,
     formula="W.grad = g'x (x'x/b + lam I)^-1,  g = dL/dz of the first layer's outputs z = x W'",
 )

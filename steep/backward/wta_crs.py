@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from steep.card import Card, Paper
+from steep.method import Method, Paper
 from steep.recipe import Mean
-from steep.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require
 
 ESTIMATORS = ("wta", "crs", "top-k", "uniform")
 
@@ -84,7 +83,7 @@ class WTACRS:
 
     Example:
         >>> import torch
-        >>> from steep.measure import saved_bytes
+        >>> from steep.loop.measure import saved_bytes
         >>> model, x = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)), torch.randn(100, 64)
         >>> exact = saved_bytes(lambda: model[0](x), model)
         >>> rule = WTACRS(model, ratio=0.3)
@@ -95,7 +94,7 @@ class WTACRS:
         >>> rule.remove()
     """
 
-    needs = frozenset({"model", "indices"})
+    requires = frozenset({"model", "indices"})
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class WTACRS:
         require("estimator", estimator, estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
         self.ratio, self.min_k, self.estimator, self.cache, self.floor = ratio, min_k, estimator, cache, floor
         if not cache:
-            self.needs = frozenset({"model"})
+            self.requires = frozenset({"model"})
         self.generator = torch.Generator().manual_seed(seed)
         self.mean = Mean()
         self._indices: Tensor | None = None
@@ -336,7 +335,7 @@ def winners(top: Tensor, rest: Tensor, estimator: str = "wta") -> Tensor:
     return torch.where(rest > 0, (left / torch.arange(k, 0, -1, device=top.device)).argmin(), k)
 
 
-card = Card(
+method = Method(
     id="wta-crs",
     paper=Paper(
         "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model",
@@ -345,8 +344,6 @@ card = Card(
     ),
     changes="backward",
     make=WTACRS,
-    plug=lambda recipe, **hyper: recipe.replace(backward=partial(WTACRS, **hyper)),
-    needs=WTACRS.needs,
-    variants={"ratio": 0.75, "estimator": "top-k", "floor": 1.0, "layers": "*"},  # the checks' layers have 8 rows
+    test_values={"ratio": 0.75, "estimator": "top-k", "floor": 1.0, "layers": "*"},  # the checks' layers have 8 rows
     formula="dW ~ sum_C dz_c^T h_c + (1 - P)/(k - |C|) sum_j dz_j^T h_j / p_j,  j ~ p outside C,  p_i ~ |h_i| |dz_i|",
 )

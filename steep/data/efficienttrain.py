@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep.batches import Data, Loader
-from steep.card import Card, Paper, choice, uniform
-from steep.needs import NEEDS, UnmetNeed
-from steep.recipe import Recipe, Run, late
-from steep.scoring import evaluating
+from steep.loop.scoring import evaluating
+from steep.method import Method, Paper, choice, uniform
+from steep.recipe import Recipe, Run, deferred
+from steep.requires import REQUIREMENTS, UnmetRequirement
 
 RATIOS = {"crop": (5 / 7, 6 / 7, 1.0), "plusplus": (3 / 7,) * 2 + (5 / 7,) * 4 + (1.0,) * 4}
 FRACTIONS = (0.6, 0.2, 0.2)
@@ -219,7 +219,7 @@ class EfficientTrain:
         [(20, 20), (20, 20), (20, 20), (24, 24), (28, 28)]
     """
 
-    needs = frozenset({"images"})
+    requires = frozenset({"images"})
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class HeldOut:
         """Run the model once at every size that the curriculum will show it.
 
         Raises:
-            UnmetNeed: it takes the full images, but no smaller ones.
+            UnmetRequirement: it takes the full images, but no smaller ones.
         """
         with evaluating(model), torch.random.fork_rng(devices=[]):
             x = next(iter(self.loader))[0][:2]
@@ -300,7 +300,7 @@ class HeldOut:
                 try:
                     model(x[..., :size, :size])
                 except Exception as error:
-                    raise UnmetNeed(
+                    raise UnmetRequirement(
                         "EfficientTrain needs square images as inputs and a model that takes them at any size: "
                         f"{type(model).__name__} fails at {size}x{size} ({error}), and the sizes to come are {sizes}. "
                         "Pool before the head, e.g. with nn.AdaptiveAvgPool2d(1), and interpolate position embeddings"
@@ -317,7 +317,7 @@ def _own_generator() -> torch.Generator:
 def _side(x: Any) -> int:
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[-1] != x.shape[-2] or not x.is_floating_point():
         found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"EfficientTrain needs {NEEDS['images'].what}, got {found}")
+        raise ValueError(f"EfficientTrain needs {REQUIREMENTS['images'].what}, got {found}")
     return x.shape[-1]
 
 
@@ -328,7 +328,7 @@ def _check_size(x: Tensor, size: int) -> int:
     return full
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
+def _apply(recipe: Recipe, **hyper: Any) -> Recipe:
     def data(generator: torch.Generator) -> Data:
         plain = recipe.data(generator)
         total_steps = recipe.budget.total_steps(len(plain.train))
@@ -344,10 +344,10 @@ def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
             run.data.val.check(built)
         return built
 
-    return recipe.replace(data=data, model=late(model))
+    return recipe.replace(data=data, model=deferred(model))
 
 
-card = Card(
+method = Method(
     id="efficienttrain",
     paper=Paper(
         "EfficientTrain: Exploring Generalized Curriculum Learning for Training Visual Backbones",
@@ -356,10 +356,9 @@ card = Card(
     ),
     changes="data",
     make=EfficientTrain,
-    plug=_plug,
-    space={"variant": choice("crop", "plusplus"), "max_magnitude": uniform(0.0, 9.0)},
-    needs=EfficientTrain.needs,
-    variants={"fractions": (0.2, 0.2, 0.6), "ratios": (0.5, 0.75, 1.0)},
+    apply=_apply,
+    search_space={"variant": choice("crop", "plusplus"), "max_magnitude": uniform(0.0, 9.0)},
+    test_values={"fractions": (0.2, 0.2, 0.6), "ratios": (0.5, 0.75, 1.0)},
     wraps=True,
     formula="x <- real(IFFT2((B/H)^2 * corners_B(FFT2(augment(x, m))))),  B/H = 5/7, 6/7, 1 for 60, 20, 20 % of epochs",
 )

@@ -7,28 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from steep.evidence import statistics
-from steep.evidence.contenders import BASELINE, Contender
-from steep.evidence.power import FEWEST_SEEDS, seeds_needed
-from steep.evidence.sequential import Look
-from steep.evidence.study import Arm, Comparison, RunRecord, Study
+from steep.evidence.arms import BASELINE, Arm
+from steep.evidence.statistics import paired
+from steep.evidence.statistics.power import FEWEST_SEEDS, seeds_needed
+from steep.evidence.statistics.sequential import InterimAnalysis
+from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 from steep.recipe import Recipe
 
-TWIN = "A/A"
+CONTROL = "A/A"
 WANDERED = 1.5  # wall over CPU seconds: largest over smallest of an arm's runs
 
 Records = Mapping[str, Sequence[RunRecord]]
-Ended = Mapping[str, Look]
+Ended = Mapping[str, InterimAnalysis]
 
 
 def assemble(
-    contenders: Sequence[Contender],
+    planned: Sequence[Arm],
     choices: Mapping[str, tuple[Mapping[str, Any], Sequence[RunRecord]]],
     runs: Records,
     equal: Mapping[str, Records],
     metrics: Mapping[str, bool],
     ended: Ended,
-) -> list[Arm]:
+) -> list[ArmResult]:
     """The arms of a finished study: the baseline first, the A/A control last.
 
     Args:
@@ -42,14 +42,14 @@ def assemble(
     at_steps = compared(runs, metrics, ended)
     at_time = compared({**runs, **equal["equal-time"]}, metrics, ended)
     at_examples = compared({**runs, **equal["equal-examples"]}, metrics, ended)
-    level, unchanged = target(runs[TWIN]), choices[BASELINE][1][0].digest
-    times = {unit: {c.name: [to(level, run) for run in runs[c.name]] for c in contenders} for unit, to in TO.items()}
+    level, unchanged = target(runs[CONTROL]), choices[BASELINE][1][0].digest
+    times = {unit: {c.name: [to(level, run) for run in runs[c.name]] for c in planned} for unit, to in TO.items()}
     raced = _raced(times, ended) if level is not None else {}
     arms = [
-        Arm(
+        ArmResult(
             name=c.name,
-            summary=" + ".join(card.summary for card in c.cards),
-            paper=next((card.paper.link for card in c.cards), None),
+            summary=" + ".join(method.summary for method in c.entries),
+            paper=next((method.paper.link for method in c.entries), None),
             hyper=dict(choices[c.name][0]),
             trials=choices[c.name][1],
             runs=runs[c.name],
@@ -63,10 +63,10 @@ def assemble(
             to_target=raced.get(c.name, {}),
             did_nothing=c.name != BASELINE and choices[c.name][1][0].digest == unchanged != "",
         )
-        for c in contenders
+        for c in planned
     ]
-    twin = "The baseline against itself: same splits, other initialisation and order. It must show no difference."
-    return [*arms, Arm(TWIN, twin, hyper=arms[0].hyper, runs=runs[TWIN], scores=at_steps[TWIN])]
+    control = "The baseline against itself: same splits, other initialisation and order. It must show no difference."
+    return [*arms, ArmResult(CONTROL, control, hyper=arms[0].hyper, runs=runs[CONTROL], scores=at_steps[CONTROL])]
 
 
 def compared(
@@ -82,7 +82,7 @@ def compared(
     for score, higher in metrics.items():
         relative = score == "loss" and all(v > 0 for name in runs for v in finals(runs[name], score) if v is not None)
         alone = {
-            name: statistics.compare(
+            name: paired.compare(
                 finals(runs[name], score),
                 finals(runs[BASELINE][: len(runs[name])], score),
                 score=score,
@@ -99,11 +99,11 @@ def compared(
 
 def _as_family(alone: Mapping[str, Comparison], ended: Ended, family: int | None = None) -> dict[str, Comparison]:
     """Methods judged as one family, look by look; the twin by itself."""
-    methods = {name: c for name, c in alone.items() if name != TWIN}
+    methods = {name: c for name, c in alone.items() if name != CONTROL}
     judged = dict(alone)
-    for look in {ended[name] for name in methods}:
-        here = {name: c for name, c in methods.items() if ended[name] == look}
-        judged |= statistics.adjust(here, family or len(methods))
+    for analysis in {ended[name] for name in methods}:
+        here = {name: c for name, c in methods.items() if ended[name] == analysis}
+        judged |= paired.adjust(here, family or len(methods))
     return judged
 
 
@@ -112,7 +112,7 @@ def _raced(times: Mapping[str, Mapping[str, Sequence[float | None]]], ended: End
     found: dict[str, dict[str, Comparison]] = {}
     for unit, by_arm in times.items():
         alone = {
-            name: statistics.paired_time_to_target(
+            name: paired.paired_time_to_target(
                 own, by_arm[BASELINE][: len(own)], score=f"{unit} to target", alpha=ended[name].alpha
             )
             for name, own in by_arm.items()
@@ -129,12 +129,12 @@ def finals(runs: Sequence[RunRecord], score: str) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-def target(twin: Sequence[RunRecord]) -> float | None:
+def target(control: Sequence[RunRecord]) -> float | None:
     """Median final validation loss of the baseline's twin, what arms race to; `None` where half of its runs diverged.
 
     Not of the baseline: its runs would then be compared with a target that they have set themselves.
     """
-    losses = [loss if math.isfinite(loss := run.val.get("loss", math.inf)) else math.inf for run in twin]
+    losses = [loss if math.isfinite(loss := run.val.get("loss", math.inf)) else math.inf for run in control]
     middle = median(losses)
     return middle if math.isfinite(middle) else None
 
@@ -161,17 +161,17 @@ TO = {"steps": steps_to, "seconds": seconds_to}
 
 def warnings(study: Study, recipe: Recipe) -> Iterator[str]:
     """What a reader must know before believing the table."""
-    twin = study.arms[-1].scores[study.primary]
-    if twin.verdict in statistics.DECIDED:
+    control = study.arms[-1].scores[study.primary]
+    if control.verdict in paired.DECIDED:
         yield (
-            f"The A/A control is not null (p = {twin.p:.3f}): by chance in one study of twenty, or because the seeds "
-            "are not independent. Repeat with other seeds before you decide."
+            f"The A/A control is not null (p = {control.p:.3f}): by chance in one study of twenty, or because the "
+            "seeds are not independent. Repeat with other seeds before you decide."
         )
     pairs, methods = len(study.seeds), len(study.arms) - 2
     if methods and FEWEST_SEEDS <= pairs < seeds_needed(methods):
         needed = seeds_needed(methods)
         yield f"{pairs} seeds cannot show any difference among {methods} methods; it takes at least {needed}."
-    yield from _looked(study)
+    yield from _reported(study)
     if recipe.rounds is not None:
         yield "The recipe's rounds own the optimizer, so the baseline was not tuned; add it as a method of its own."
     yield from _wandered(study)
@@ -181,14 +181,14 @@ def warnings(study: Study, recipe: Recipe) -> Iterator[str]:
             yield f"{arm.name}: {diverged} of {len(arm.runs)} runs diverged; they count as worse than any that did not."
 
 
-def _looked(study: Study) -> Iterator[str]:
+def _reported(study: Study) -> Iterator[str]:
     """How often verdicts were read, where it was more than once."""
-    for look in study.looks[:-1]:
-        if look["decided"]:
+    for analysis in study.interim_analyses[:-1]:
+        if analysis["decided"]:
             yield (
-                f"Decided at the look at {look['pairs']} of {study.looks[-1]['pairs']} pairs: "
-                f"{', '.join(look['decided'])}. The intervals allow for that; the estimates lean away from zero, "
-                "as those of early stops do."
+                f"Decided at the interim analysis after {analysis['pairs']} of "
+                f"{study.interim_analyses[-1]['pairs']} pairs: {', '.join(analysis['decided'])}. "
+                "The intervals allow for that; the estimates lean away from zero, as those of early stops do."
             )
     if study.earlier:
         yield (

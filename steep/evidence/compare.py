@@ -10,29 +10,30 @@ from typing import Any
 
 from rich.console import Console
 
-from steep.card import cards
-from steep.evidence import report, tuning
-from steep.evidence.assemble import TWIN, assemble, compared, target, warnings
+from steep.evidence import tuning
+from steep.evidence.arms import BASELINE, Arm, MethodLike, make_arms, own_method
+from steep.evidence.assemble import CONTROL, assemble, compared, target, warnings
 from steep.evidence.budgets import in_its_time, on_its_examples, steps_for
-from steep.evidence.contenders import BASELINE, Contender, MethodLike, contenders, own_card
-from steep.evidence.jobs import Check, Job, picture, preflight
 from steep.evidence.planning import Plan, agreed
-from steep.evidence.pool import Failure, Pool
-from steep.evidence.power import FEWEST_SEEDS, seeds_needed
-from steep.evidence.preflights import Preflights
-from steep.evidence.progress import StudyProgress
-from steep.evidence.sequential import Look, followed
-from steep.evidence.shared import Agree, alone, join
-from steep.evidence.source import Source, from_name, from_value
-from steep.evidence.statistics import DECIDED
-from steep.evidence.store import Store
+from steep.evidence.report import page
+from steep.evidence.runs.dry_runs import DryRuns
+from steep.evidence.runs.jobs import Check, Job, dry_run, picture
+from steep.evidence.runs.progress import StudyProgress
+from steep.evidence.runs.shared import Agree, alone, join
+from steep.evidence.runs.source import Source, from_name, from_value
+from steep.evidence.runs.store import Store
+from steep.evidence.runs.workers import Failure, Workers
+from steep.evidence.statistics.paired import DECIDED
+from steep.evidence.statistics.power import FEWEST_SEEDS, seeds_needed
+from steep.evidence.statistics.sequential import InterimAnalysis, followed
 from steep.evidence.study import Comparison, RunRecord, Study
-from steep.needs import UnmetNeed
+from steep.loop.tracking import as_log
+from steep.loop.training import NonFinite
+from steep.method import methods as all_methods
 from steep.recipe import Budget, Recipe
-from steep.tracking import as_log
-from steep.training import NonFinite
+from steep.requires import UnmetRequirement
 
-TWIN_SEED = 500_000  # the twin's initialisation and order start here; its splits are the baseline's
+CONTROL_SEED = 500_000  # the twin's initialisation and order start here; its splits are the baseline's
 EQUAL = {"equal-time": in_its_time, "equal-examples": on_its_examples}
 
 
@@ -60,7 +61,7 @@ def compare(
 
     Args:
         recipe: a recipe, a task's name, ``file.py:recipe`` or ``package.module:recipe``.
-        methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, cards, functions of a recipe, or "all".
+        methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, `Method` objects, functions of a recipe, or "all".
         minutes: plan trials and seeds to fit.
         seeds: paired confirmation seeds; 8 by default (16 if `sequential`). Fewer than 6 give numbers, but no verdict.
         trials: tuning trials per arm; 8 by default.
@@ -78,7 +79,7 @@ def compare(
 
     Raises:
         UnknownName, RecipeError: the recipe or a method cannot be found.
-        UnmetNeed, ValueError, TypeError: a method does not fit the recipe.
+        UnmetRequirement, ValueError, TypeError: a method does not fit the recipe.
         StoreError: `out` is a file, not writable, or in use; `storage` is no URL or cannot be reached.
         RunError: a training raised.
 
@@ -92,16 +93,16 @@ def compare(
     """
     as_log(log)
     named = methods if not isinstance(methods, str) else [methods]
-    own = {c.id: c for c in (own_card(m) for m in named if not isinstance(m, (str, tuple)))}
+    own = {c.id: c for c in (own_method(m) for m in named if not isinstance(m, (str, tuple)))}
     if isinstance(recipe, str) and own:
-        raise ValueError("methods that are functions or cards need the recipe itself, not its name")
+        raise ValueError("methods that are functions or `Method` objects need the recipe itself, not its name")
     source = from_name(recipe) if isinstance(recipe, str) else from_value(recipe, own)
     loaded, _ = source.load()
     metrics = {"loss": False} | ({loaded.metric.name: loaded.metric.higher_is_better} if loaded.metric else {})
     if score not in metrics:
         raise ValueError(f"score={score!r} is not among this recipe's scores: {', '.join(metrics)}")
-    wanted = [c.id for c in cards().values() if c.plug is not None] if methods == "all" else named
-    arms, workers = contenders(loaded, wanted), workers or os.cpu_count() or 1
+    wanted = [c.id for c in all_methods().values() if c.is_arm] if methods == "all" else named
+    arms, workers = make_arms(loaded, wanted), workers or os.cpu_count() or 1
     console = Console(stderr=True, quiet=not progress)
     joined = join(storage, f"steep {loaded.name[:100]} {source.hash}") if storage is not None else nullcontext()
     store = Store(out)
@@ -109,7 +110,7 @@ def compare(
         joined as shared,
         store.lock(),
         StudyProgress(console) as bar,
-        Pool(source, store, workers, bar.done, log, shared) as pool,
+        Workers(source, store, workers, bar.done, log, shared) as pool,
     ):
         store.put_source(source.hash, source.text())
         if command:
@@ -119,13 +120,13 @@ def compare(
         checks, left_out = comparison.check(lenient=methods == "all")
         steps = comparison.fix_steps(checks[BASELINE])
         cost = {name: c.step_seconds * steps + c.other_seconds for name, c in checks.items()}
-        tuned = {arm.name: bool(arm.space) for arm in comparison.arms}
+        tuned = {arm.name: bool(arm.search_space) for arm in comparison.arms}
         plan = agreed(agree, cost, tuned, workers, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
         console.print(_announcement(plan, comparison.arms, left_out, workers))
         bar.expect(plan.runs)
         choices = comparison.tune(plan, score, metrics[score])
         chosen = {name: choice for name, (choice, _) in choices.items()}
-        runs, ended = comparison.confirm(chosen, plan.looks, score, metrics[score])
+        runs, ended = comparison.confirm(chosen, plan.interim_analyses, score, metrics[score])
         equal = {role: comparison.at_equal(role, chosen, runs) for role in EQUAL}
     study = Study(
         recipe=loaded.name,
@@ -135,15 +136,15 @@ def compare(
         metrics=metrics,
         seeds=[run.seed for run in runs[BASELINE]],
         left_out=left_out,
-        target_loss=target(runs[TWIN]),
+        target_loss=target(runs[CONTROL]),
         target_picture=picture(loaded, None, store, "target") if loaded.picture else None,
-        looks=_looks(plan.looks, ended, runs, score),
+        interim_analyses=_analyses(plan.interim_analyses, ended, runs, score),
         command=command,
     )
     study = replace(study, earlier=_earlier(store, study))
     study = replace(study, warnings=list(warnings(study, loaded)))
     store.put_study(study)
-    report.write(study, store.directory)
+    page.write(study, store.directory)
     return study
 
 
@@ -154,30 +155,32 @@ class _Comparison:
     recipe: Recipe
     source: Source
     store: Store
-    pool: Pool
-    arms: list[Contender]
+    pool: Workers
+    arms: list[Arm]
     agree: Agree = alone
 
     def check(self, lenient: bool) -> tuple[dict[str, Check], dict[str, str]]:
         """Train every arm for a moment. Arms that do not fit are left out if `lenient`, else the error is raised."""
-        found = self._preflights()
+        found = self._dry_runs()
         errors = {name: error for name, error in found.items() if isinstance(error, Failure)}
         checks = {name: check for name, check in found.items() if isinstance(check, Check)}
         for name, error in errors.items():
             if error.kind == NonFinite.__name__ and name != BASELINE:
                 checks[name] = checks[BASELINE]  # diverging with the defaults is a result, not a misfit
             elif name == BASELINE or not lenient:
-                raise (UnmetNeed if error.kind == UnmetNeed.__name__ else ValueError)(f"{name}: {error.message}")
+                raise (UnmetRequirement if error.kind == UnmetRequirement.__name__ else ValueError)(
+                    f"{name}: {error.message}"
+                )
         self.arms = [arm for arm in self.arms if arm.name in checks]
         return checks, {name: errors[name].message for name in found if name not in checks}
 
-    def _preflights(self) -> dict[str, Check | Failure]:
+    def _dry_runs(self) -> dict[str, Check | Failure]:
         """By arm; measured once for a store, so that a comparison which goes on is planned as it was."""
-        first = {arm.name: self._job(arm, "preflight", arm.defaults(), 0) for arm in self.arms}
+        first = {arm.name: self._job(arm, "dry-run", arm.defaults(), 0) for arm in self.arms}
         keys = {name: job.key(self.source, self.pool.code(job)) for name, job in first.items()}
-        known = Preflights(self.store.directory, keys, self.agree)
+        known = DryRuns(self.store.directory, keys, self.agree)
         missing = [arm for arm in self.arms if arm.name not in known.checks]
-        results = self.pool.apply(preflight, [(arm, self.source) for arm in missing])
+        results = self.pool.apply(dry_run, [(arm, self.source) for arm in missing])
         known.add({arm.name: r for arm, r in zip(missing, results, strict=True) if isinstance(r, Check)})
         fresh = {arm.name: result for arm, result in zip(missing, results, strict=True)}
         return {arm.name: known.checks.get(arm.name) or fresh[arm.name] for arm in self.arms}
@@ -210,10 +213,10 @@ class _Comparison:
         best = {name: tuning.best(costs[name], tuning.by_trial(last[name], again.get(name, []))) for name in tried}
         return {name: (tried[name][i], trials[name]) for name, i in best.items()}
 
-    def _context(self, arm: Contender) -> str:
+    def _context(self, arm: Arm) -> str:
         return f"{self.source.hash} {self.pool.code(self._job(arm, 'tune', {}, 0))} {self.recipe.budget}"
 
-    def _proposed(self, arm: Contender, trials: int) -> list[dict[str, Any]]:
+    def _proposed(self, arm: Arm, trials: int) -> list[dict[str, Any]]:
         return self.agree(f"{trials} trials of {arm.name}, {self._context(arm)}", tuning.proposals(arm, trials))
 
     def _tried(self, chosen: Mapping[str, list[dict[str, Any]]], seeds: Sequence[int]) -> dict[str, list[RunRecord]]:
@@ -221,35 +224,38 @@ class _Comparison:
         arms = [(arm, hyper) for arm in self.arms for hyper in chosen[arm.name]]
         return _by_arm(self.pool.run([self._job(arm, "tune", hyper, seed) for seed in seeds for arm, hyper in arms]))
 
-    def _job(self, contender: Contender, role: str, chosen: Mapping[str, Any], seed: int, **changes: Any) -> Job:
-        methods, lr_scale = contender.settings(chosen)
-        return replace(Job(contender.name, role, methods, seed, seed, self.recipe.budget, lr_scale), **changes)
+    def _job(self, make_arm: Arm, role: str, chosen: Mapping[str, Any], seed: int, **changes: Any) -> Job:
+        methods, lr_scale = make_arm.settings(chosen)
+        return replace(Job(make_arm.name, role, methods, seed, seed, self.recipe.budget, lr_scale), **changes)
 
     def confirm(
-        self, chosen: Mapping[str, Mapping[str, Any]], looks: Sequence[Look], score: str, higher: bool
-    ) -> tuple[dict[str, list[RunRecord]], dict[str, Look]]:
+        self, chosen: Mapping[str, Mapping[str, Any]], analyses: Sequence[InterimAnalysis], score: str, higher: bool
+    ) -> tuple[dict[str, list[RunRecord]], dict[str, InterimAnalysis]]:
         """Every arm and the baseline's twin on fresh paired seeds, up to the looks that end them; and these looks."""
-        runs: dict[str, list[RunRecord]] = {name: [] for name in (*(arm.name for arm in self.arms), TWIN)}
+        runs: dict[str, list[RunRecord]] = {name: [] for name in (*(arm.name for arm in self.arms), CONTROL)}
         methods = [arm.name for arm in self.arms[1:]]
 
-        def judged(look: Look, going: Sequence[str]) -> dict[str, Comparison]:
-            for record in self.pool.run(self._pairs(chosen, going, range(len(runs[BASELINE]), look.pairs))):
+        def judged(analysis: InterimAnalysis, going: Sequence[str]) -> dict[str, Comparison]:
+            for record in self.pool.run(self._pairs(chosen, going, range(len(runs[BASELINE]), analysis.pairs))):
                 runs[record.arm].append(record)
             pairs = {name: runs[name] for name in (BASELINE, *going)}
-            found = compared(pairs, {score: higher}, dict.fromkeys(going, look), len(methods))
+            found = compared(pairs, {score: higher}, dict.fromkeys(going, analysis), len(methods))
             return {name: comparisons[score] for name, comparisons in found.items()}
 
-        ended = followed(looks, methods, judged)
-        last = next(look for look in looks if look.pairs == len(runs[BASELINE]))
-        return runs, ended | {TWIN: last}
+        ended = followed(analyses, methods, judged)
+        last = next(analysis for analysis in analyses if analysis.pairs == len(runs[BASELINE]))
+        return runs, ended | {CONTROL: last}
 
     def _pairs(self, chosen: Mapping[str, Mapping[str, Any]], going: Sequence[str], seeds: Sequence[int]) -> list[Job]:
         """Seed by seed, so that drift of the machine hits all arms alike."""
         baseline, *others = self.arms
         arms = [baseline, *(arm for arm in others if arm.name in going)]
         jobs = [[self._job(arm, "confirm", chosen[arm.name], s) for arm in arms] for s in seeds]
-        twin = [self._job(baseline, "twin", chosen[BASELINE], TWIN_SEED + s, split_seed=s, arm=TWIN) for s in seeds]
-        return [job for same_seed, control in zip(jobs, twin, strict=True) for job in (*same_seed, control)]
+        control = [
+            self._job(baseline, "aa-control", chosen[BASELINE], CONTROL_SEED + s, split_seed=s, arm=CONTROL)
+            for s in seeds
+        ]
+        return [job for same_seed, control in zip(jobs, control, strict=True) for job in (*same_seed, control)]
 
     def at_equal(
         self, role: str, chosen: Mapping[str, Mapping[str, Any]], runs: Mapping[str, list[RunRecord]]
@@ -272,20 +278,23 @@ def _by_arm(records: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     return found
 
 
-def _looks(
-    looks: Sequence[Look], ended: Mapping[str, Look], runs: Mapping[str, list[RunRecord]], score: str
+def _analyses(
+    analyses: Sequence[InterimAnalysis],
+    ended: Mapping[str, InterimAnalysis],
+    runs: Mapping[str, list[RunRecord]],
+    score: str,
 ) -> list[dict[str, Any]]:
     """The planned looks as plain values: which were made, and which arms each decided."""
-    methods = {name: look for name, look in ended.items() if name != TWIN}
+    methods = {name: analysis for name, analysis in ended.items() if name != CONTROL}
     verdicts = compared(runs, {score: False}, ended) if methods else {}
     decided = {name for name in methods if verdicts[name][score].verdict in DECIDED}
     return [
         {
-            **asdict(look),
-            "made": look.alpha > 0 and look.pairs <= len(runs[BASELINE]),
-            "decided": [name for name in methods if name in decided and methods[name] == look],
+            **asdict(analysis),
+            "made": analysis.alpha > 0 and analysis.pairs <= len(runs[BASELINE]),
+            "decided": [name for name in methods if name in decided and methods[name] == analysis],
         }
-        for look in looks
+        for analysis in analyses
     ]
 
 
@@ -299,11 +308,11 @@ def _earlier(store: Store, study: Study) -> list[int]:
     return sorted({*before.earlier, len(before.seeds)} - {len(study.seeds)})
 
 
-def _announcement(plan: Plan, arms: Sequence[Contender], left_out: Mapping[str, str], workers: int) -> str:
+def _announcement(plan: Plan, arms: Sequence[Arm], left_out: Mapping[str, str], workers: int) -> str:
     lines = [
         f"{plan.runs} trainings of {', '.join(a.name for a in arms)} and an A/A control: "
         f"{plan.trials} tuning trials an arm, then {plan.seeds} paired seeds, at equal steps, time and examples.",
-        *([_design(plan)] if len(plan.looks) > 1 else []),
+        *([_design(plan)] if len(plan.interim_analyses) > 1 else []),
         f"About {plan.seconds / 60:.1f} minutes with {workers} worker{'s' if workers > 1 else ''}.",
         _power(plan, max(1, len(arms) - 1)),
     ]
@@ -312,10 +321,12 @@ def _announcement(plan: Plan, arms: Sequence[Contender], left_out: Mapping[str, 
 
 def _design(plan: Plan) -> str:
     """The looks, and what each may spend, in a sentence."""
-    looks = [f"{look.pairs} pairs ({100 * look.alpha:.1f} %)" for look in plan.looks if look.alpha]
-    idle = [str(look.pairs) for look in plan.looks if not look.alpha]
+    analyses = [
+        f"{analysis.pairs} pairs ({100 * analysis.alpha:.1f} %)" for analysis in plan.interim_analyses if analysis.alpha
+    ]
+    idle = [str(analysis.pairs) for analysis in plan.interim_analyses if not analysis.alpha]
     nothing = f" {' and '.join(idle)} pairs are too few to decide anything." if idle else ""
-    return f"Verdicts are read after {' and '.join(looks)}, 5 % in all; arms that are decided stop.{nothing}"
+    return f"Verdicts are read after {' and '.join(analyses)}, 5 % in all; arms that are decided stop.{nothing}"
 
 
 def _power(plan: Plan, methods: int) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from steep.evidence.power import minimum_detectable_effect, seeds_needed
-from steep.evidence.sequential import Look, planned
-from steep.evidence.shared import Agree
+from steep.evidence.runs.shared import Agree
+from steep.evidence.statistics.power import minimum_detectable_effect, seeds_needed
+from steep.evidence.statistics.sequential import InterimAnalysis, planned
 from steep.evidence.tuning import EXTRA_SEEDS
 
 SEEDS, TRIALS = 8, 8
@@ -35,7 +35,7 @@ class Plan:
     runs: int
     seconds: float
     effect: float
-    looks: tuple[Look, ...]
+    interim_analyses: tuple[InterimAnalysis, ...]
 
 
 def tuning_runs(trials: int) -> int:
@@ -65,9 +65,9 @@ def plan_of(
     work = sum(tune[name] * seconds for name, seconds in run_seconds.items())
     work += seeds * (sum(run_seconds.values()) + baseline + slower * baseline)
     runs = sum(tune.values()) + seeds * (len(run_seconds) + 1 + slower)
-    looks = tuple(planned(seeds, max(1, len(others)), sequential=sequential))
-    effect = minimum_detectable_effect(1.0, seeds, looks[-1].alpha / max(1, len(others)))
-    return Plan(trials, seeds, runs, work / workers, effect, looks)
+    analyses = tuple(planned(seeds, max(1, len(others)), sequential=sequential))
+    effect = minimum_detectable_effect(1.0, seeds, analyses[-1].alpha / max(1, len(others)))
+    return Plan(trials, seeds, runs, work / workers, effect, analyses)
 
 
 def choose(

@@ -92,7 +92,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmResult:
     """One way to train: what was tried in tuning, what was chosen, and the confirmation runs.
 
     Args:
@@ -157,7 +157,7 @@ class Study:
 
     recipe: str
     source: str
-    arms: Sequence[Arm]
+    arms: Sequence[ArmResult]
     primary: str
     metrics: Mapping[str, bool]
     seeds: Sequence[int]
@@ -165,6 +165,6 @@ class Study:
     target_loss: float | None = None
     target_picture: str | None = None
     warnings: Sequence[str] = ()
-    looks: Sequence[Mapping[str, Any]] = ()
+    interim_analyses: Sequence[Mapping[str, Any]] = ()
     earlier: Sequence[int] = ()
     command: str = ""

@@ -15,9 +15,9 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import QMCSampler
 from optuna.trial import TrialState, create_trial
 
-from steep.card import Choice, Range
-from steep.evidence.contenders import Contender
+from steep.evidence.arms import Arm
 from steep.evidence.study import RunRecord
+from steep.method import Choice, Range
 
 FIRST_SEED = 1_000_000  # tuning seeds start here; confirmation never uses them
 EXTRA_SEEDS = 2  # on which the finalists are run again
@@ -32,9 +32,9 @@ def distribution(values: Range | Choice) -> BaseDistribution:
     return FloatDistribution(values.low, values.high, log=values.log)
 
 
-def proposals(arm: Contender, trials: int) -> list[dict[str, Any]]:
+def proposals(arm: Arm, trials: int) -> list[dict[str, Any]]:
     """What to try: the defaults first, then Sobol points. More trials begin with the same ones."""
-    if not arm.space:
+    if not arm.search_space:
         return [{}]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed = int.from_bytes(hashlib.sha256(arm.name.encode()).digest()[:4], "big")
@@ -46,13 +46,11 @@ def proposals(arm: Contender, trials: int) -> list[dict[str, Any]]:
     return [study.ask(distributions(arm)).params for _ in range(trials)]
 
 
-def distributions(arm: Contender) -> dict[str, BaseDistribution]:
-    return {name: distribution(values) for name, values in arm.space.items()}
+def distributions(arm: Arm) -> dict[str, BaseDistribution]:
+    return {name: distribution(values) for name, values in arm.search_space.items()}
 
 
-def keep(
-    directory: Path, arm: Contender, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]
-) -> None:
+def keep(directory: Path, arm: Arm, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]) -> None:
     """Add an arm's trials to its Optuna study in the store's SQLite file (a diverged one as failed)."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage, name = f"sqlite:///{directory / 'optuna.db'}", f"{arm.name} {context}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steep.linalg.vectors import MatVec
-from steep.validation import check_ranges
+from steep.utils.validation import check_ranges
 
 
 class Solution(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steep.linalg.hutchinson import rademacher
 from steep.linalg.vectors import MatVec
-from steep.validation import check_ranges
+from steep.utils.validation import check_ranges
 
 
 class Ritz(NamedTuple):

@@ -35,10 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steep.card import Card, Paper, choice, log_uniform
 from steep.linalg import rademacher
-from steep.recipe import Recipe, Run, late
-from steep.validation import check_ranges, require
+from steep.method import Method, Paper, choice, log_uniform
+from steep.utils.validation import check_ranges, require
 
 KINDS = ("hgp", "hutchinson", "exact")
 TWICE = "the head and the loss must be twice differentiable by the head's parameters"
@@ -83,7 +82,7 @@ class HessianAlignment(nn.Module):
         torch.Size([4, 3])
     """
 
-    needs = frozenset({"domains", "model"})
+    requires = frozenset({"domains", "model"})
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class HessianAlignment(nn.Module):
         if len(losses) < 2:
             raise ValueError(f"losses of {len(losses)} domain(s): there must be at least two to align")
         gradients = torch.stack([self._gradient(loss) for loss in losses])
-        self._look_once(gradients)
+        self._once(gradients)
         curvatures = torch.stack([self._curvature(g) for g in gradients])
         mean = gradients.mean(0)
         mean_curvature = self._curvature(mean) if self.kind == "hgp" else curvatures.mean(0)
@@ -146,7 +145,7 @@ class HessianAlignment(nn.Module):
         """Count an optimizer step."""
         self.steps += 1
 
-    def _look_once(self, gradients: Tensor) -> None:
+    def _once(self, gradients: Tensor) -> None:
         """At the first call, refuse a graph cut by @once_differentiable, which autograd may take for flat."""
         if self._first and _ends_in_an_error(gradients):
             raise ValueError(f"{TWICE}: a function in them is marked with @once_differentiable")
@@ -243,37 +242,16 @@ def by_domain(losses: Tensor, domains: Tensor) -> list[Tensor]:
     return [losses[domains == domain].mean() for domain in present]
 
 
-def last_linear(model: nn.Module) -> nn.Linear:
-    """The last linear layer of a model, which is the head of most."""
-    found = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.Linear to be its head: name it yourself, in the recipe "
-            "loss=steep.late(lambda run: HessianAlignment(run.model.head, loss, run.generator))"
-        )
-    return found[-1]
-
-
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
-    def build(run: Run) -> HessianAlignment:
-        assert run.model is not None  # built before the loss
-        return HessianAlignment(last_linear(run.model), recipe.build("loss", run), run.generator, **hyper)
-
-    return recipe.replace(loss=late(build))
-
-
-card = Card(
+method = Method(
     id="hessian-alignment",
     paper=Paper("Understanding Hessian Alignment for Domain Generalization", arxiv="2308.11778", year=2023),
     changes="losses",
     make=HessianAlignment,
-    plug=_plug,
-    space={
+    search_space={
         "kind": choice("hgp", "hutchinson"),
         "alpha": log_uniform(1e-5, 1e4),
         "beta": log_uniform(1e-3, 1e6),
     },
-    needs=HessianAlignment.needs,
-    neutral={"probes", "anneal_steps"},  # without effect at the other defaults: kind "hgp", weight 1
+    performance_flags={"probes", "anneal_steps"},  # without effect at the other defaults: kind "hgp", weight 1
     formula="L + mean_e [alpha |h_e - h|^2 + beta |g_e - g|^2],  h_e = H_e g_e or diag H_e of the head, of domain e",
 )

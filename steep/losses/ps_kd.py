@@ -27,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.card import Card, Paper, uniform
-from steep.recipe import Recipe, late
+from steep.method import Method, Paper, uniform
 
 
 class PSKD(nn.Module):
@@ -65,7 +64,7 @@ class PSKD(nn.Module):
         (torch.Size([4]), '0.80')
     """
 
-    needs = frozenset({"indices", "classes"})
+    requires = frozenset({"indices", "classes"})
     previous: Tensor
     current: Tensor
 
@@ -166,23 +165,11 @@ def _check_range(name: str, values: Tensor, end: int) -> None:
         raise ValueError(f"{name} must lie in [0, {end - 1}], got {values.min()} to {values.max()}")
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
-    return recipe.replace(
-        loss=late(
-            lambda run: PSKD(
-                run.data.num_examples, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch, **hyper
-            )
-        )
-    )
-
-
-card = Card(
+method = Method(
     id="ps-kd",
     paper=Paper("Self-Knowledge Distillation with Progressive Refinement of Targets", arxiv="2006.12000", year=2020),
     changes="losses",
     make=PSKD,
-    plug=_plug,
-    space={"alpha_T": uniform(0.3, 1.0)},
-    needs=PSKD.needs,
+    search_space={"alpha_T": uniform(0.3, 1.0)},
     formula="target = (1 - a_t) onehot(y) + a_t P_{t-1}[i],  a_t = alpha_T t/T;  loss = -sum_k target_k log p_k",
 )

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steep.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require
 
 
 @runtime_checkable

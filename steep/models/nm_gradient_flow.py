@@ -32,9 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from steep.card import Card, Paper, choice, uniform
-from steep.recipe import Recipe, Run, late
-from steep.validation import require
+from steep.method import Method, Paper, choice, uniform
+from steep.utils.validation import require
 
 SCHEDULES = (
     "mask-decay-exponential",
@@ -358,29 +357,19 @@ def _inputs(module: Any) -> int:
     return module.weight[0].numel()
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
-    def build(run: Run) -> nn.Module:
-        model = recipe.build("model", run)
-        run.attach(apply_nm_gradient_flow(model, total_steps=run.total_steps, **hyper))
-        return model
-
-    return recipe.replace(model=late(build))
-
-
-card = Card(
+method = Method(
     id="nm-gradient-flow",
     paper=Paper(
         "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", arxiv="2402.04744", year=2024
     ),
     changes="models",
     make=apply_nm_gradient_flow,
-    plug=_plug,
-    space={
+    search_space={
         "flow": choice("masked", "ste"),
         "dense_fraction": uniform(0.0, 0.3),
         "finetune_fraction": uniform(0.05, 0.3),
     },
-    variants={"schedule": "structure-decay-stepwise", "rate": 0.5, "layers": "7"},  # 7: the checks' last layer
+    test_values={"schedule": "structure-decay-stepwise", "rate": 0.5, "layers": "7"},  # 7: the checks' last layer
     wraps=True,
     formula="W~ = W * (M + D(t) (1 - M)), M the n largest |W| of every m inputs, D(t) = exp(-rate t) -> 0",
 )

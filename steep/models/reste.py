@@ -39,10 +39,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from steep.card import Card, Paper, nearest, uniform
+from steep.method import Method, Paper, uniform
 from steep.models._signs import EDE, FDA, STE, ApproxSign, EstimatedSign, Estimator, ReSTE, sign
-from steep.recipe import Recipe, Run, late
-from steep.validation import require
+from steep.utils.validation import nearest, require
 
 __all__ = ["EDE", "FDA", "STE", "ApproxSign", "Binarization", "Estimator", "ReSTE", "apply_reste"]
 
@@ -313,16 +312,7 @@ def _can_be_binary(name: str, module: nn.Module) -> bool:
     return isinstance(module, BINARY) and not isinstance(module, NonDynamicallyQuantizableLinear) and not inside
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
-    def build(run: Run) -> nn.Module:
-        model = recipe.build("model", run)
-        run.attach(apply_reste(model, total_steps=run.total_steps, **hyper))
-        return model
-
-    return recipe.replace(model=late(build))
-
-
-card = Card(
+method = Method(
     id="reste",
     paper=Paper(
         "Estimator Meets Equilibrium Perspective: A Rectified Straight Through Estimator for Binary Neural Networks "
@@ -332,9 +322,8 @@ card = Card(
     ),
     changes="models",
     make=apply_reste,
-    plug=_plug,
-    space={"o_end": uniform(1.0, 8.0)},
-    variants={"bits": "1W1A", "estimator": "ede", "t": 0.12, "clip": 0.05, "skip": ("first",)},
+    search_space={"o_end": uniform(1.0, 8.0)},
+    test_values={"bits": "1W1A", "estimator": "ede", "t": 0.12, "clip": 0.05, "skip": ("first",)},
     wraps=True,
     formula="W^ = sign(W) mean|W|;  dW = dW^ f'(W), f(z) = sign(z) |z|^(1/o), o from 1 to o_end",
 )

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from steep.card import Card, Paper, log_uniform
-from steep.foreach import descend_, ema_, evaluated, load_exactly, sweep
-from steep.validation import Ranges, check_ranges
+from steep.method import Method, Paper, log_uniform
+from steep.optim._foreach import descend_, ema_, evaluated, load_exactly, sweep
+from steep.utils.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 
@@ -176,15 +176,14 @@ class AdaBelief(Optimizer):
         return loss
 
 
-card = Card(
+method = Method(
     id="adabelief",
     paper=Paper(
         "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients", arxiv="2010.07468", year=2020
     ),
     changes="optim",
     make=AdaBelief,
-    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdaBelief, **hyper)),
-    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
-    neutral={"foreach", "compile"},
+    search_space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    performance_flags={"foreach", "compile"},
     formula="m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) (g - m)^2 + eps;  p -= lr m_hat / (sqrt(s_hat) + eps)",
 )

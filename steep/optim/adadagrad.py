@@ -45,13 +45,13 @@ from torch.optim import Adagrad, Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.batches import Data, Loader
-from steep.card import Card, Paper, choice, log_uniform
-from steep.foreach import check_kind, evaluated, load_exactly, working_dtype
-from steep.growing import GrowingBatches
+from steep.method import Method, Paper, choice, log_uniform
+from steep.optim._foreach import check_kind, evaluated, load_exactly, working_dtype
+from steep.optim._growing import GrowingBatches
 from steep.per_example import PerExample, Rows
 from steep.per_example.parts import height
-from steep.recipe import Mean, Recipe, Run, late
-from steep.validation import Ranges, check_ranges, require, require_whole
+from steep.recipe import Mean, Recipe, Run, deferred
+from steep.utils.validation import Ranges, check_ranges, require, require_whole
 
 TESTS = ("norm", "inner-product", "augmented", "coordinate-wise")
 ADAPT = ("coordinate", "row", "norm")
@@ -165,7 +165,7 @@ class AdaptiveBatchSize:
         True
     """
 
-    needs = frozenset({"losses", "model", "independent_examples"})
+    requires = frozenset({"losses", "model", "independent_examples"})
 
     def __init__(
         self, model: nn.Module, batches: Any, test: str = "norm", eta: float = 0.5, nu: float = 1.0, interval: int = 1
@@ -344,7 +344,7 @@ def _optimizer(params: Any, lr: float = 0.05, adapt: str = "coordinate") -> Opti
     return Adagrad(params, lr=lr) if adapt == "coordinate" else AdaGradNorm(params, lr=lr, row_wise=adapt == "row")
 
 
-def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
+def _apply(recipe: Recipe, **hyper: Any) -> Recipe:
     if recipe.backward is not Mean:
         raise ValueError("adadagrad takes the place of the plain mean: it cannot stand beside another backward rule")
     sizes = {name: hyper.pop(name) for name in ("initial", "maximum") if name in hyper}
@@ -358,18 +358,18 @@ def _plug(recipe: Recipe, **hyper: Any) -> Recipe:
     def backward(run: Run) -> Callable[[nn.Module], AdaptiveBatchSize]:
         return partial(AdaptiveBatchSize, batches=run.data.train, **hyper)
 
-    return recipe.replace(data=data, backward=late(backward), optimizer=partial(_optimizer, **step))
+    return recipe.replace(data=data, backward=deferred(backward), optimizer=partial(_optimizer, **step))
 
 
-card = Card(
+method = Method(
     id="adadagrad",
     paper=Paper("AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods", arxiv="2402.11215", year=2024),
     changes="optim",
     make=adadagrad,
-    plug=_plug,
-    space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*ADAPT)},
-    needs=AdaptiveBatchSize.needs,
-    variants={"initial": 4, "maximum": 16, "test": "inner-product", "eta": 2.0},
-    neutral={"nu"},  # of the augmented test only
+    apply=_apply,
+    search_space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*ADAPT)},
+    requires=AdaptiveBatchSize.requires,
+    test_values={"initial": 4, "maximum": 16, "test": "inner-product", "eta": 2.0},
+    performance_flags={"nu"},  # of the augmented test only
     formula="b = max(b, ceil(sum_j Var_j(g_i) / (eta^2 |g|^2)));  s_j += g_j^2;  p_j -= lr g_j / sqrt(s_j)",
 )

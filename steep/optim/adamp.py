@@ -36,9 +36,9 @@ from torch.linalg import vector_norm
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from steep.card import Card, Paper, log_uniform
-from steep.foreach import RowRule, descend_, ema_, evaluated, load_exactly, sweep, sweep_rows
-from steep.validation import Ranges, check_ranges
+from steep.method import Method, Paper, log_uniform
+from steep.optim._foreach import RowRule, descend_, ema_, evaluated, load_exactly, sweep, sweep_rows
+from steep.utils.validation import Ranges, check_ranges
 
 Number = float | Tensor
 
@@ -311,25 +311,23 @@ _paper = Paper(
     "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", arxiv="2006.08217", year=2020
 )
 
-card = Card(
+method = Method(
     id="adamp",
     paper=_paper,
     changes="optim",
     make=AdamP,
-    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(AdamP, **hyper)),
-    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
-    neutral={"foreach", "compile"},
+    search_space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
+    performance_flags={"foreach", "compile"},
     formula="u = m_hat / (sqrt(v_hat) + eps);  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
 )
 
-sgdp_card = Card(
+sgdp_method = Method(
     id="sgdp",
     paper=_paper,
     changes="optim",
     make=SGDP,
-    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(SGDP, **hyper)),
-    space={"lr": log_uniform(1e-3, 1.0), "weight_decay": log_uniform(1e-7, 1e-2)},
-    neutral={"foreach", "compile"},
-    variants={"delta": 10.0},
+    search_space={"lr": log_uniform(1e-3, 1.0), "weight_decay": log_uniform(1e-7, 1e-2)},
+    performance_flags={"foreach", "compile"},
+    test_values={"delta": 10.0},
     formula="u = momentum of g;  u -= w <u, w> / |w|^2 where |cos(g, w)| < delta / sqrt(n);  w -= lr u",
 )

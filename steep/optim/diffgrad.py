@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from steep.card import Card, Paper, choice, log_uniform
-from steep.foreach import descend_, ema_, evaluated, load_exactly, sweep
-from steep.validation import Ranges, check_ranges
+from steep.method import Method, Paper, choice, log_uniform
+from steep.optim._foreach import descend_, ema_, evaluated, load_exactly, sweep
+from steep.utils.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
 STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
@@ -142,13 +142,12 @@ class DiffGrad(Optimizer):
         return loss
 
 
-card = Card(
+method = Method(
     id="diffgrad",
     paper=Paper("diffGrad: An Optimization Method for Convolutional Neural Networks", arxiv="1909.11015", year=2019),
     changes="optim",
     make=DiffGrad,
-    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(DiffGrad, **hyper)),
-    space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": choice(0.0, 1e-4, 1e-2)},
-    neutral={"foreach", "compile"},
+    search_space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": choice(0.0, 1e-4, 1e-2)},
+    performance_flags={"foreach", "compile"},
     formula="p -= lr xi m_hat / sqrt(v_hat)  (Adam's m, v),  xi = sigmoid(|g_previous - g|) in [1/2, 1)",
 )

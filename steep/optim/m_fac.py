@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,9 +44,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from steep.card import Card, Paper, log_uniform
-from steep.foreach import check_kind, evaluated, load_exactly, working_dtype
-from steep.validation import Ranges, check_ranges, require
+from steep.method import Method, Paper, log_uniform
+from steep.optim._foreach import check_kind, evaluated, load_exactly, working_dtype
+from steep.utils.validation import Ranges, check_ranges, require
 
 RANGES: Ranges = {
     "lr": "[0, inf)",
@@ -284,14 +283,13 @@ def _project(w: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("ibk,ib->bk", w, torch.einsum("ibk,bk->ib", w, x))
 
 
-card = Card(
+method = Method(
     id="m-fac",
     paper=Paper(
         "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arxiv="2107.03356", year=2021
     ),
     changes="optim",
     make=MFAC,
-    plug=lambda recipe, **hyper: recipe.replace(optimizer=partial(MFAC, **hyper)),
-    space={"lr": log_uniform(1e-4, 1.0), "damping": log_uniform(1e-6, 1.0)},
+    search_space={"lr": log_uniform(1e-4, 1.0), "damping": log_uniform(1e-6, 1.0)},
     formula="F = damping I + G'G / m;  p -= lr F^-1 g = lr m G' (m damping I + G G')^-1 e_newest",
 )

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steep.needs import NEEDS, UnmetNeed
 from steep.per_example.graph import trace
 from steep.per_example.mixing import refuse_mixing
 from steep.per_example.parts import Part
 from steep.per_example.recording import Call, Entrance, Recorder, recorded_layers
 from steep.per_example.rows import Rows, assemble
+from steep.requires import REQUIREMENTS, UnmetRequirement
 
 TOLERANCE = 1e-3
 """Largest relative difference from an ordinary backward that the check of the first batch accepts in float32."""
@@ -96,7 +96,7 @@ class PerExample:
 
         Raises:
             ValueError: losses of another shape, or that depend on nothing that trains.
-            UnmetNeed: a BatchNorm layer in training mode, another operation that mixes examples, or a segment
+            UnmetRequirement: a BatchNorm layer in training mode, another operation that mixes examples, or a segment
                 checkpointed with ``use_reentrant=True``.
             RuntimeError: inputs or parameters of a layer were changed since the forward.
         """
@@ -130,9 +130,10 @@ class PerExample:
         if call.couples and not self.independent:
             return False
         if call.couples:
-            raise UnmetNeed(
+            raise UnmetRequirement(
                 "per-example gradients need examples that do not influence each other's outputs, but "
-                f"{call.name} ({type(call.layer).__name__}) is in training mode: {NEEDS['independent_examples'].remedy}"
+                f"{call.name} ({type(call.layer).__name__}) is in training mode: "
+                f"{REQUIREMENTS['independent_examples'].remedy}"
             )
         trained = {names[p] for p in call.params if p in names}
         if trained & self.left_to_autograd:
@@ -167,7 +168,7 @@ def _check_losses(losses: Tensor) -> None:
     if losses.ndim not in (1, 2) or losses.numel() == 0 or not losses.is_floating_point():
         raise ValueError(
             "losses must be a floating-point tensor of shape (B,) with one entry per example, or (B, R) with several, "
-            f"got shape {tuple(losses.shape)} and {losses.dtype}: {NEEDS['losses'].remedy}"
+            f"got shape {tuple(losses.shape)} and {losses.dtype}: {REQUIREMENTS['losses'].remedy}"
         )
     if losses.grad_fn is None:
         raise ValueError(NOTHING_TRAINS)

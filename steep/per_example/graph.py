@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from steep.needs import UnmetNeed
 from steep.per_example.autodiff import filled, for_each, through_broadcast
 from steep.per_example.columns import interleave
 from steep.per_example.parts import Part
 from steep.per_example.recording import Call
+from steep.requires import UnmetRequirement
 
 BROADCASTING = ("AddBackward0", "ExpandBackward0")
 """Operations whose gradient has a batch dimension even where the value that they take has none."""
@@ -169,7 +169,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
 
 def _refuse_hidden(node: Any) -> None:
     if node.name() == "CheckpointFunctionBackward":
-        raise UnmetNeed(
+        raise UnmetRequirement(
             "per-example gradients need layers that can be watched, but torch.utils.checkpoint runs them in a graph of "
             "its own: give it use_reentrant=False"
         )

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from steep.needs import NEEDS, UnmetNeed
 from steep.per_example.recording import Call
+from steep.requires import REQUIREMENTS, UnmetRequirement
 
 Edge = tuple[Any, int]
 """A value: a node of the graph and which of its outputs."""
 
 
 def refuse_mixing(losses: Tensor, key: object) -> None:
-    """Raise `UnmetNeed`, with the operation at fault, if the losses of some examples depend on other examples."""
+    """Raise `UnmetRequirement`, naming the operation, if the losses of some examples depend on other examples."""
     if len(losses) == 1:
         return
     below = _below(losses.grad_fn)
@@ -34,7 +34,7 @@ def refuse_mixing(losses: Tensor, key: object) -> None:
     for example in (0, -1) if edges else ():
         shared = _shared(losses, edges, example)
         if shared:
-            raise UnmetNeed(_message(losses, key, below, shared))
+            raise UnmetRequirement(_message(losses, key, below, shared))
 
 
 def _below(node: Any) -> dict[Any, list[Edge]]:
@@ -87,8 +87,8 @@ def _message(losses: Tensor, key: object, below: dict[Any, list[Edge]], shared: 
     return (
         "per-example gradients need losses that depend on their own example only, but examples influence each other "
         f"through {name!r}, after layer {call.name!r} ({type(call.layer).__name__}): compute it within each example "
-        f"(for normalization, {NEEDS['independent_examples'].remedy}), or set the engine's independent=False, which "
-        "takes one backward per example for all that is mixed"
+        f"(for normalization, {REQUIREMENTS['independent_examples'].remedy}), or set the engine's independent=False, "
+        "which takes one backward per example for all that is mixed"
     )
 
 

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.card import Card, Paper
-from steep.scoring import evaluating
-from steep.validation import check_ranges, require
+from steep.loop.scoring import evaluating
+from steep.method import Method, Paper
+from steep.utils.validation import check_ranges, require
 
 __all__ = [
     "LayerGradients",
@@ -279,7 +279,7 @@ def stages(layers: int) -> dict[str, slice]:
     """
     check_ranges({"layers": layers}, {"layers": "[3, inf)"})
     early, middle, _ = STAGES.get(layers, (layers // 3, layers - 2 * (layers // 3), layers // 3))
-    return {"early": slice(0, early), "middle": slice(early, early + middle), "late": slice(early + middle, layers)}
+    return {"early": slice(0, early), "middle": slice(early, early + middle), "deferred": slice(early + middle, layers)}
 
 
 # ---- language models
@@ -328,7 +328,7 @@ def response_start(offsets: Sequence[tuple[int, int]], characters: int) -> int:
     return start
 
 
-card = Card(
+method = Method(
     id="layer-gradient",
     paper=Paper(
         "What Happened in LLMs Layers when Trained for Fast vs. Slow Thinking: A Gradient Perspective",

@@ -38,12 +38,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from steep.card import Card, Paper
-from steep.files import write_atomic
 from steep.linalg import Estimate, Spectrum, density, flatten, hessian, hutchinson_trace, lanczos, on_vectors, unflatten
 from steep.linalg.vectors import MatVec
-from steep.scoring import evaluating
-from steep.validation import check_ranges, require
+from steep.loop.scoring import evaluating
+from steep.method import Method, Paper
+from steep.utils.files import write_atomic
+from steep.utils.validation import check_ranges, require
 
 __all__ = [
     "Criteria",
@@ -497,7 +497,7 @@ def _hessian(model: nn.Module, loss: Loss) -> tuple[MatVec, int, torch.dtype]:
     return matvec, len(flat), flat.dtype
 
 
-card = Card(
+method = Method(
     id="lla",
     paper=Paper(
         "Investigating generalization capabilities of neural networks by means of loss landscapes and Hessian analysis",

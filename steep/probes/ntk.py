@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
-from steep.card import Card, Paper
+from steep.loop.scoring import evaluating
+from steep.method import Method, Paper
 from steep.per_example import PerExample
-from steep.scoring import evaluating
-from steep.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require
 
 __all__ = [
     "NTKMLP",
@@ -474,7 +474,7 @@ class NTKMLP(nn.Module):
         return x
 
 
-card = Card(
+method = Method(
     id="ntk",
     paper=Paper(
         "Neural Tangent Kernel: Convergence and Generalization in Neural Networks", arxiv="1806.07572", year=2018

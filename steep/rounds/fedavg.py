@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from steep.batches import Loader
-from steep.card import Card, Paper, log_uniform
-from steep.federated import Federation, Message, Oracle, State, check_local_sgd, clip, descend, mean, put, take
+from steep.method import Method, Paper, log_uniform
+from steep.rounds._federated import Federation, Message, Oracle, State, check_local_sgd, clip, descend, mean, put, take
 
 
 def client_step(
@@ -75,7 +75,7 @@ class FedAvg(Federation):
         clip_norm: longest local gradient, positive. Default infinity: no clipping.
 
     Raises:
-        UnmetNeed: no clients.
+        UnmetRequirement: no clients.
         ValueError: an argument out of range, or a client without data.
 
     Paper: Communication-Efficient Learning of Deep Networks from Decentralized Data, arXiv 1602.05629.
@@ -117,20 +117,14 @@ class FedAvg(Federation):
         )
 
 
-card = Card(
+method = Method(
     id="fedavg",
     paper=Paper(
         "Communication-Efficient Learning of Deep Networks from Decentralized Data", arxiv="1602.05629", year=2017
     ),
     changes="rounds",
     make=FedAvg,
-    plug=lambda recipe, **hyper: recipe.replace(
-        rounds=lambda model, run, local_step: FedAvg(
-            model, run.data.clients, local_step, generator=run.generator, **hyper
-        )
-    ),
-    space={"lr": log_uniform(1e-2, 1.0)},
-    needs={"clients"},
-    variants={"fraction": 1.0, "clip_norm": 0.5},
+    search_space={"lr": log_uniform(1e-2, 1.0)},
+    test_values={"fraction": 1.0, "clip_norm": 0.5},
     formula="client: x <- x - lr grad f_i(x), K times;  server: x = sum_i n_i x_i / sum_i n_i",
 )

@@ -43,8 +43,8 @@ import torch
 from torch import Tensor, nn
 
 from steep.batches import Loader
-from steep.card import Card, Paper, log_uniform
-from steep.federated import (
+from steep.method import Method, Paper, log_uniform
+from steep.rounds._federated import (
     Federation,
     Message,
     Oracle,
@@ -61,7 +61,7 @@ from steep.federated import (
     take,
     zeros,
 )
-from steep.validation import require
+from steep.utils.validation import require
 
 DualAverage = Literal["all", "active", "none"]
 
@@ -148,7 +148,7 @@ class FedSpeed(Federation):
         clip_norm: longest local direction, positive; infinity for no clipping. Default 10.
 
     Raises:
-        UnmetNeed: no clients.
+        UnmetRequirement: no clients.
         ValueError: an argument out of range, or a client without data.
 
     Paper: FedSpeed: Larger Local Interval, Less Communication Round, and Higher Generalization Accuracy,
@@ -210,7 +210,7 @@ class FedSpeed(Federation):
         )
 
 
-card = Card(
+method = Method(
     id="fedspeed",
     paper=Paper(
         "FedSpeed: Larger Local Interval, Less Communication Round, and Higher Generalization Accuracy",
@@ -219,14 +219,8 @@ card = Card(
     ),
     changes="rounds",
     make=FedSpeed,
-    plug=lambda recipe, **hyper: recipe.replace(
-        rounds=lambda model, run, local_step: FedSpeed(
-            model, run.data.clients, local_step, generator=run.generator, **hyper
-        )
-    ),
-    space={"lr": log_uniform(1e-2, 1.0), "prox": log_uniform(1e-2, 1.0), "rho": log_uniform(1e-2, 0.5)},
-    needs={"clients"},
-    variants={"fraction": 1.0, "dual_average": "active", "clip_norm": 0.5},
+    search_space={"lr": log_uniform(1e-2, 1.0), "prox": log_uniform(1e-2, 1.0), "rho": log_uniform(1e-2, 0.5)},
+    test_values={"fraction": 1.0, "dual_average": "active", "clip_norm": 0.5},
     formula="client: x <- x - lr [grad f_i(x + rho d1/|d1|) - g_i + mu (x - x^t)], K times\n"
     "        g_i <- g_i - mu (x - x^t);  server: x = mean_sampled x_i - mean_all g_i / mu",
 )

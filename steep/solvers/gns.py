@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steep.card import Card, Paper
-from steep.validation import Ranges, check_ranges
+from steep.method import Method, Paper
+from steep.utils.validation import Ranges, check_ranges
 
 Function = Callable[[Tensor], Tensor]
 
@@ -176,7 +176,7 @@ def _root(b: Tensor, d: int) -> Tensor:
     return root
 
 
-card = Card(
+method = Method(
     id="gns",
     paper=Paper(
         "Gradient-Normalized Smoothness for Optimization with Approximate Hessians", arxiv="2506.13710", year=2025

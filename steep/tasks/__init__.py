@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from steep.card import UnknownName, nearest
+from steep.method import UnknownName
 from steep.recipe import Recipe
+from steep.utils.validation import nearest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from steep.files import write_atomic
+from steep.utils.files import write_atomic
 
 Arrays = dict[str, np.ndarray]
 

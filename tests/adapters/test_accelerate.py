@@ -9,7 +9,7 @@ from torch import nn
 
 import steep
 from steep.adapters.accelerate import FILE, Backward, Batches
-from steep.needs import UnmetNeed
+from steep.requires import UnmetRequirement
 from steep.rounds.fedspeed import FedSpeed
 
 
@@ -71,9 +71,9 @@ def test_the_gradient_scaler_reaches_the_gradient_but_not_the_rule(method, accel
     losses = host.setting.losses(*next(iter(host.loader)))
     host.backward(losses)
     scaled = host.setting.model.head.weight.grad
-    twin = Host(accelerator(), method)
-    twin.backward(twin.setting.losses(*next(iter(twin.loader))))
-    torch.testing.assert_close(scaled, 1024 * twin.setting.model.head.weight.grad)
+    clone = Host(accelerator(), method)
+    clone.backward(clone.setting.losses(*next(iter(clone.loader))))
+    torch.testing.assert_close(scaled, 1024 * clone.setting.model.head.weight.grad)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,11 +115,11 @@ def test_what_it_cannot_give_is_refused(accelerator):
     host, model = accelerator(), Setting("mean").model
     clients = [steep.tensor_loader(torch.randn(4, 2), torch.zeros(4), 2)]
     federated = FedSpeed(nn.Linear(2, 2), clients, None, generator=torch.Generator())
-    with pytest.raises(UnmetNeed, match="FedSpeed .*Accelerate cannot give: .*iterate over it"):
+    with pytest.raises(UnmetRequirement, match="FedSpeed .*Accelerate cannot give: .*iterate over it"):
         Backward(host, model, federated)
     host.scaler = torch.amp.GradScaler("cpu")
     assert Backward(host, model, torch.optim.SGD(model.parameters())).attached.parts == []
-    with pytest.raises(UnmetNeed, match="LBFGS needs a closure.*mixed_precision='bf16'"):
+    with pytest.raises(UnmetRequirement, match="LBFGS needs a closure.*mixed_precision='bf16'"):
         Backward(host, model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ValueError, match="Sven needs one loss per example"):
         Host(accelerator(), "sven").backward(torch.zeros((), requires_grad=True))
@@ -127,7 +127,7 @@ def test_what_it_cannot_give_is_refused(accelerator):
 
 def test_a_rule_of_several_tasks_is_given_the_dict(accelerator):
     class Sum:
-        needs = frozenset({"tasks"})
+        requires = frozenset({"tasks"})
 
         def __call__(self, losses, *, scale=1.0):
             (scale * sum(v.mean() for v in losses.values())).backward()

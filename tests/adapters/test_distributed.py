@@ -73,7 +73,7 @@ def test_a_rule_whose_global_batch_is_unknown_is_refused():
 
 def test_the_rules_own_state_is_reached():
     rule = GlobalBatch(Sven(nn.Linear(2, 1), seed=5))
-    assert rule.needs >= {"losses", "independent_examples"}
+    assert rule.requires >= {"losses", "independent_examples"}
     rule.load_state_dict(rule.state_dict())
     assert "Sven" in repr(rule)
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, SequentialSampler
 
 import steep
 from steep.backward.sven import Sven
-from steep.needs import UnmetNeed
+from steep.requires import UnmetRequirement
 from steep.rounds.fedspeed import FedSpeed
 
 transformers = pytest.importorskip("transformers", reason="needs the extra steep[hf]")
@@ -135,25 +135,27 @@ def test_every_example_gets_its_position():
 
 
 class NeedsClosure(torch.optim.SGD):
-    needs = frozenset({"closure"})
+    requires = frozenset({"closure"})
 
 
 def test_what_the_trainer_cannot_give_is_refused(tmp_path):
     setting = Setting("mean")
     setting.optimizer = NeedsClosure(setting.model.parameters(), lr=0.1)
-    with pytest.raises(UnmetNeed, match="NeedsClosure needs a closure.*the Trainer cannot give.*Lightning, Accelerate"):
+    with pytest.raises(
+        UnmetRequirement, match="NeedsClosure needs a closure.*the Trainer cannot give.*Lightning, Accelerate"
+    ):
         trainer(setting, tmp_path, 1).train()
     setting.optimizer = torch.optim.LBFGS(setting.model.parameters())
-    with pytest.raises(UnmetNeed, match="LBFGS needs a closure"):
+    with pytest.raises(UnmetRequirement, match="LBFGS needs a closure"):
         trainer(setting, tmp_path, 1).train()
     clients = [steep.tensor_loader(torch.randn(4, 2), torch.zeros(4), 2)]
     federated = FedSpeed(nn.Linear(2, 2), clients, None, generator=torch.Generator())
-    with pytest.raises(UnmetNeed, match="FedSpeed .*the Trainer cannot give: .*iterate over it"):
+    with pytest.raises(UnmetRequirement, match="FedSpeed .*the Trainer cannot give: .*iterate over it"):
         trainer(Setting("mean"), tmp_path, 1, parts=(federated,))
     coupled = nn.Sequential(nn.BatchNorm1d(3))
     setting = Setting("mean")
     setting.model.add_module("norm", coupled)
-    with pytest.raises(UnmetNeed, match="Sven needs examples that do not influence.*norm"):
+    with pytest.raises(UnmetRequirement, match="Sven needs examples that do not influence.*norm"):
         trainer(setting, tmp_path, 1, rule=Sven(setting.model))
     scalar = trainer(Setting("sven"), tmp_path, 1, loss=lambda z, y: cross_entropy(z, y).mean())
     with pytest.raises(ValueError, match="Sven needs one loss per example"):

@@ -8,7 +8,7 @@ from torch import nn
 import steep
 from steep.backward.sven import Sven
 from steep.losses.ps_kd import PSKD
-from steep.needs import UnmetNeed
+from steep.requires import UnmetRequirement
 from steep.rounds.fedspeed import FedSpeed
 
 lightning = pytest.importorskip("lightning", reason="needs the extra steep[lightning]")
@@ -110,16 +110,18 @@ def test_resuming_equals_going_on(method, tmp_path):
 def test_needs_are_checked_with_the_line_to_change():
     setting = Setting("sven")
     setting.model.norm = nn.BatchNorm1d(3)
-    with pytest.raises(UnmetNeed, match="Sven needs examples that do not influence.*norm.*GroupNorm"):
+    with pytest.raises(UnmetRequirement, match="Sven needs examples that do not influence.*norm.*GroupNorm"):
         Module(setting)
     federated = FedSpeed(
         nn.Linear(2, 2), [steep.tensor_loader(torch.randn(4, 2), torch.zeros(4), 2)], None, generator=torch.Generator()
     )
-    with pytest.raises(UnmetNeed, match="FedSpeed needs .*clients, which Lightning cannot give: .*iterate over it"):
+    with pytest.raises(
+        UnmetRequirement, match="FedSpeed needs .*clients, which Lightning cannot give: .*iterate over it"
+    ):
         Module(Setting("mean"), federated)
     x, y = images()
     pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=BATCH)
-    with pytest.raises(UnmetNeed, match="PSKD needs the index of every example.*Indexed"):
+    with pytest.raises(UnmetRequirement, match="PSKD needs the index of every example.*Indexed"):
         trainer(1).fit(Module(Setting("ps-kd")), pairs)
 
 
@@ -134,15 +136,15 @@ def test_a_scalar_loss_is_refused_where_a_vector_is_needed():
 
 
 class Twice(torch.optim.SGD):
-    needs = frozenset({"closure"})
+    requires = frozenset({"closure"})
 
 
 def test_closures_that_lightning_withholds_are_refused():
     twice = lambda parameters: Twice(parameters, lr=0.1)  # noqa: E731
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(UnmetNeed, match="Twice needs a closure.*16-mixed.*bf16-mixed"):
+    with pytest.raises(UnmetRequirement, match="Twice needs a closure.*16-mixed.*bf16-mixed"):
         train("mean", 1, optimizer=twice, plugins=[plugin])
-    with pytest.raises(UnmetNeed, match="Twice needs a closure for the whole batch.*accumulate_grad_batches=2"):
+    with pytest.raises(UnmetRequirement, match="Twice needs a closure for the whole batch.*accumulate_grad_batches=2"):
         train("mean", 1, optimizer=twice, accumulate_grad_batches=2)
     train("mean", 1, optimizer=twice)
 

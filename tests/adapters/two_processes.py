@@ -18,9 +18,9 @@ from steep.adapters import distributed
 from steep.adapters.attached import Attached
 from steep.adapters.distributed import Exchange, GlobalBatch, check_sharding, sharded
 from steep.backward.sven import Sven
-from steep.needs import UnmetNeed
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import AdamP
+from steep.requires import UnmetRequirement
 
 LIMIT = 60  # seconds
 
@@ -150,10 +150,10 @@ def on_shards(rank):
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     texts = []
     for refused in (AdamP, Sven):
-        with pytest.raises(UnmetNeed) as error:
+        with pytest.raises(UnmetRequirement) as error:
             check_sharding(model.parameters(), refused)
         texts.append(str(error.value))
-    with pytest.raises(UnmetNeed):
+    with pytest.raises(UnmetRequirement):
         sharded(AdamP, model.parameters())
     optimizer = sharded(AdaBelief, model.parameters(), lr=0.05, weight_decay=0.1)
     for step in range(5):
@@ -181,7 +181,7 @@ def with_accelerate(rank):
         optimizer.step()
         backward.step()
     alone = Attached("a loop", model, Sven(model), (), {})
-    with pytest.raises(UnmetNeed, match=r"Sven needs the losses of all 2 processes.*GlobalBatch"):
+    with pytest.raises(UnmetRequirement, match=r"Sven needs the losses of all 2 processes.*GlobalBatch"):
         alone.backward(model(batch(0)[0]).squeeze(-1), 1.0)
     return accelerator.num_processes, model.state_dict()
 

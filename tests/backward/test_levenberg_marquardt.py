@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import steep
-from steep.backward.levenberg_marquardt import LEAST, LevenbergMarquardt, card
-from steep.needs import UnmetNeed
+from steep.backward.levenberg_marquardt import LEAST, LevenbergMarquardt
+from steep.requires import UnmetRequirement
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +266,7 @@ def test_says_what_is_missing():
     with pytest.raises(RuntimeError, match=r"not judged: call rule.step\(\) after optimizer.step\(\)"):
         rule(model(x).squeeze(-1), closure=lambda: model(x).squeeze(-1))
     normed = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-    with pytest.raises(UnmetNeed, match="GroupNorm"):
+    with pytest.raises(UnmetRequirement, match="GroupNorm"):
         LevenbergMarquardt(normed, adapt=1.0)(normed(x).squeeze(-1))
 
 
@@ -304,7 +304,7 @@ def final(method, seed):
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR,
         budget=steep.Budget(steps=150 if method else 450),  # a step costs about twice one of Adam's
     )
-    recipe = card.apply(recipe) if method else recipe
+    recipe = method(recipe) if method else recipe
     return steep.fit(recipe, seed=seed, progress=False).test["loss"]
 
 

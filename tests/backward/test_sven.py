@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from steep.backward import sven as module
-from steep.backward.sven import Sven, card
+from steep.backward.sven import Sven, method
 from steep.batches import split_loaders
-from steep.needs import UnmetNeed
 from steep.recipe import Recipe
+from steep.requires import UnmetRequirement
 
 pytestmark = pytest.mark.filterwarnings("error:each step takes")
 
@@ -554,10 +554,10 @@ def test_the_state_knows_which_parameters_need_the_slow_way():
 def test_copies_go_with_their_copy_of_the_model():
     model, (x, y) = net(3, 8, 1), data(5, 3)
     backward = Sven(model, param_fraction=0.5)
-    twin, rule = copy.deepcopy((model, backward))
-    rule(twin(x).squeeze(-1) - y)
+    clone, rule = copy.deepcopy((model, backward))
+    rule(clone(x).squeeze(-1) - y)
     backward(model(x).squeeze(-1) - y)
-    assert torch.equal(flat_grad(twin), flat_grad(model))
+    assert torch.equal(flat_grad(clone), flat_grad(model))
     assert (
         repr(rule)
         == repr(backward)
@@ -599,7 +599,7 @@ def test_bad_losses():
 def test_batch_norm_is_refused_where_it_mixes_examples_only():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     x = torch.randn(6, 3)
-    with pytest.raises(UnmetNeed, match=r"1 \(BatchNorm1d\) is in training mode"):
+    with pytest.raises(UnmetRequirement, match=r"1 \(BatchNorm1d\) is in training mode"):
         Sven(model)(model(x).squeeze(-1))
     model.eval()
     Sven(model)(model(x).squeeze(-1))
@@ -616,7 +616,7 @@ def test_card_puts_the_rule_and_plain_sgd_into_a_recipe():
         loss=lambda output, target: (output.squeeze(-1) - target).square(),
         optimizer=torch.optim.Adam,
     )
-    changed = card.apply(recipe, lr=0.3, rank=2, rtol=0.01)
+    changed = method(recipe, lr=0.3, rank=2, rtol=0.01)
     model = changed.model()
     rule, optimizer = changed.backward(model), changed.optimizer(model.parameters())
     assert isinstance(rule, Sven)
@@ -625,17 +625,17 @@ def test_card_puts_the_rule_and_plain_sgd_into_a_recipe():
     assert optimizer.defaults["lr"] == 0.3
     assert optimizer.defaults["momentum"] == 0
     with pytest.raises(ValueError, match="lr=0.0 must lie"):
-        card.apply(recipe, lr=0.0)
+        method(recipe, lr=0.0)
     with pytest.raises(TypeError, match="did you mean 'rtol'"):
-        card.apply(recipe, rtoll=0.1)
+        method(recipe, rtoll=0.1)
 
 
 def test_card_offers_the_options_of_the_rule_with_its_defaults():
     parameters = inspect.signature(Sven).parameters.values()
     own = {p.name: p.default for p in parameters if p.default is not p.empty}
-    assert card.hyper == {"lr": 0.1, **own}
-    assert card.needs == Sven.needs == {"losses", "model", "independent_examples"}
-    assert card.summary == " ".join(inspect.getdoc(module.Sven).split("\n\n")[0].split())
+    assert method.hyper == {"lr": 0.1, **own}
+    assert method.requires == Sven.requires == {"losses", "model", "independent_examples"}
+    assert method.summary == " ".join(inspect.getdoc(module.Sven).split("\n\n")[0].split())
 
 
 # ---- learning

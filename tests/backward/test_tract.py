@@ -523,8 +523,8 @@ def test_functional_gradients():
 @pytest.mark.filterwarnings("ignore:each step takes")
 def test_wraps_another_rule():
     recipe = steep.testing.tiny_recipe()
-    both = compose(recipe, [(steep.card("coherence"), {"clip": 0.0}), (steep.card("tract"), {})])
-    alone = steep.card("tract").apply(recipe)
+    both = compose(recipe, [(steep.method("coherence"), {"clip": 0.0}), (steep.method("tract"), {})])
+    alone = steep.method("tract")(recipe)
     together, found = (steep.fit(r, progress=False, device="cpu").history.losses for r in (both, alone))
     np.testing.assert_allclose(together, found, rtol=1e-3)
 

@@ -21,14 +21,14 @@ from steep.backward.wta_crs import (
     WTACRS,
     SampledLinear,
     Site,
-    card,
     choose,
+    method,
     weights,
     winners,
 )
 from steep.batches import Batch
-from steep.measure import saved_bytes
-from steep.testing import start
+from steep.loop.measure import saved_bytes
+from steep.testing.methods import start
 
 UNBIASED = [e for e in ESTIMATORS if e != "top-k"]
 
@@ -530,12 +530,12 @@ def test_without_a_memory_indices_are_not_needed_nor_kept():
     rule.indices = torch.arange(20)
     grads(model, random(20, 6), rule)
     assert norms(rule).numel() == 0
-    assert rule.needs == {"model"}
-    assert WTACRS(mlp()).needs == {"model", "indices"}
+    assert rule.requires == {"model"}
+    assert WTACRS(mlp()).requires == {"model", "indices"}
 
 
 def test_fit_and_other_hosts_tell_the_indices():
-    training = start(card)
+    training = start(method)
     for _ in range(8):
         training.advance()
     (site,) = (module.site for module in training.rule.layers.values())
@@ -568,10 +568,10 @@ def test_copies_and_pickles_of_the_model_are_exact():
     exact = grads(model, x)
     rule = WTACRS(model, layers="*")
     state = rule.generator.get_state()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        same(grads(twin, x), exact)
-        WTACRS(twin, layers="*")
-        assert not torch.equal(grads(twin, x)["0.weight"], exact["0.weight"])
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        same(grads(clone, x), exact)
+        WTACRS(clone, layers="*")
+        assert not torch.equal(grads(clone, x)["0.weight"], exact["0.weight"])
     assert torch.equal(rule.generator.get_state(), state)
 
 

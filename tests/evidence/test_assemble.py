@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from steep.evidence.assemble import TWIN, _looked, _wandered, assemble, compared, seconds_to, steps_to, target
-from steep.evidence.contenders import BASELINE, Contender
-from steep.evidence.sequential import Look
-from steep.evidence.statistics import holm
-from steep.evidence.study import Arm, RunRecord, Study
+from steep.evidence.arms import BASELINE, Arm
+from steep.evidence.assemble import CONTROL, _reported, _wandered, assemble, compared, seconds_to, steps_to, target
+from steep.evidence.statistics.paired import holm
+from steep.evidence.statistics.sequential import InterimAnalysis
+from steep.evidence.study import ArmResult, RunRecord, Study
 
-FINAL, EARLY, LATE = Look(8, 0.05), Look(8, 3 / 128), Look(16, 0.05 - 3 / 128)
+FINAL, EARLY, LATE = InterimAnalysis(8, 0.05), InterimAnalysis(8, 3 / 128), InterimAnalysis(16, 0.05 - 3 / 128)
 
 
 def run(loss, *, reached=5, pace=0.1, preparation=0.0, seed=0, role="confirm"):
@@ -56,12 +56,12 @@ def test_times_are_those_of_the_first_evaluation_there_and_preparation_counts():
         assert to(0.5, run(1.0)) is to(None, run(1.0)) is to(1.0, DIVERGED) is None
 
 
-def assembled(found, equal=None, looks=None):
-    contenders = [Contender(name) for name in found if name != TWIN]
-    choices = {c.name: ({}, [run(7.0)]) for c in contenders}
-    ended = dict.fromkeys([*found][1:], FINAL) | (looks or {})
+def assembled(found, equal=None, interim_analyses=None):
+    planned = [Arm(name) for name in found if name != CONTROL]
+    choices = {c.name: ({}, [run(7.0)]) for c in planned}
+    ended = dict.fromkeys([*found][1:], FINAL) | (interim_analyses or {})
     arms = assemble(
-        contenders, choices, found, {"equal-time": {}, "equal-examples": {}} | (equal or {}), {"loss": False}, ended
+        planned, choices, found, {"equal-time": {}, "equal-examples": {}} | (equal or {}), {"loss": False}, ended
     )
     return {arm.name: arm for arm in arms}
 
@@ -72,7 +72,7 @@ def test_times_to_target_are_judged_by_ranks_as_a_family_for_each_unit():
         "sooner": runs([0.5] * 8, reached=3, pace=0.3),  # fewer steps, but as many seconds
         "never": runs([-5.0] * 8),
         "lost": [DIVERGED] * 8,
-        TWIN: [run(9.0 - 1e-9)] * 8,
+        CONTROL: [run(9.0 - 1e-9)] * 8,
     }
     arms = assembled(found)
     assert arms["sooner"].steps_to_target == [3] * 8
@@ -87,18 +87,18 @@ def test_times_to_target_are_judged_by_ranks_as_a_family_for_each_unit():
         p = [arms[name].to_target[unit].p for name in ("sooner", "never", "lost")]
         assert [arms[name].to_target[unit].p_holm for name in ("sooner", "never", "lost")] == holm(p)
         assert arms["sooner"].to_target[unit].score == f"{unit} to target"
-    assert arms[BASELINE].to_target == arms[TWIN].to_target == {}
+    assert arms[BASELINE].to_target == arms[CONTROL].to_target == {}
 
 
 def test_without_a_target_nobody_races():
-    arms = assembled({BASELINE: runs(NOISE), "arm": runs(GAINS), TWIN: [DIVERGED] * 8})
+    arms = assembled({BASELINE: runs(NOISE), "arm": runs(GAINS), CONTROL: [DIVERGED] * 8})
     assert arms["arm"].to_target == {}
     assert arms["arm"].time_to_target == [None] * 8
 
 
 def test_the_baselines_own_runs_do_not_move_the_target():
-    twin = runs(NOISE)
-    good, bad = ({BASELINE: runs([g] * 8), "arm": runs(GAINS), TWIN: twin} for g in (0.9, -0.9))
+    control = runs(NOISE)
+    good, bad = ({BASELINE: runs([g] * 8), "arm": runs(GAINS), CONTROL: control} for g in (0.9, -0.9))
     assert assembled(good)["arm"].time_to_target == assembled(bad)["arm"].time_to_target
 
 
@@ -106,15 +106,20 @@ def test_the_baselines_own_runs_do_not_move_the_target():
 
 
 def test_arms_are_paired_with_the_seeds_they_had_and_judged_at_their_look():
-    found = {BASELINE: runs([0.0] * 16), "early": runs(GAINS), "late": runs(NOISE * 2), TWIN: runs(NOISE[::-1] * 2)}
-    arms = assembled(found, looks={"early": EARLY, "late": LATE, TWIN: LATE})
-    early, late, twin = (arms[name].scores["loss"] for name in ("early", "late", TWIN))
+    found = {
+        BASELINE: runs([0.0] * 16),
+        "early": runs(GAINS),
+        "deferred": runs(NOISE * 2),
+        CONTROL: runs(NOISE[::-1] * 2),
+    }
+    arms = assembled(found, interim_analyses={"early": EARLY, "deferred": LATE, CONTROL: LATE})
+    early, deferred, control = (arms[name].scores["loss"] for name in ("early", "deferred", CONTROL))
     assert early.differences == pytest.approx(GAINS)
     assert (early.verdict, early.alpha, early.p) == ("helps", 3 / 128, 1 / 128)
     assert early.p_holm == pytest.approx(2 * (1 / 128) * 0.05 / (3 / 128))  # Holm over both, scaled to the whole 5 %
-    assert len(late.differences) == 16
-    assert late.p_holm == pytest.approx(min(1, 2 * late.p * 0.05 / LATE.alpha))
-    assert twin.p_holm == pytest.approx(min(1, twin.p * 0.05 / LATE.alpha))  # the control is in no family
+    assert len(deferred.differences) == 16
+    assert deferred.p_holm == pytest.approx(min(1, 2 * deferred.p * 0.05 / LATE.alpha))
+    assert control.p_holm == pytest.approx(min(1, control.p * 0.05 / LATE.alpha))  # the control is in no family
 
 
 def test_interim_verdicts_count_the_arms_that_are_gone():
@@ -126,7 +131,7 @@ def test_interim_verdicts_count_the_arms_that_are_gone():
 
 
 def test_scores_at_equal_time_and_examples_are_those_of_the_runs_made_for_them():
-    found = {BASELINE: runs([0.0] * 8), "arm": runs(GAINS), "same": runs(NOISE), TWIN: runs(NOISE)}
+    found = {BASELINE: runs([0.0] * 8), "arm": runs(GAINS), "same": runs(NOISE), CONTROL: runs(NOISE)}
     worse = runs([-g for g in GAINS])
     arm = assembled(found, {"equal-examples": {"arm": worse}})["arm"]
     assert arm.scores["loss"].verdict == arm.scores_at_equal_time["loss"].verdict == "helps"
@@ -148,26 +153,33 @@ def loaded(ratio):
 
 
 def test_a_machine_whose_load_changed_is_reported():
-    wandering = Arm(BASELINE, runs=[loaded(1.0), loaded(1.2)], equal_time=[loaded(1.6)])
+    wandering = ArmResult(BASELINE, runs=[loaded(1.0), loaded(1.2)], equal_time=[loaded(1.6)])
     [sentence] = _wandered(a_study([wandering]))
     assert "from 1.00 to 1.60" in sentence
     assert "CPU seconds" in sentence
 
 
 def test_an_arm_that_waits_or_uses_threads_by_nature_is_no_change_of_load():
-    assert list(_wandered(a_study([Arm(BASELINE, runs=[loaded(1.0)] * 3), Arm("waits", runs=[loaded(3.0)] * 3)]))) == []
-    assert list(_wandered(a_study([Arm("lost", runs=[DIVERGED])]))) == []
+    assert (
+        list(
+            _wandered(
+                a_study([ArmResult(BASELINE, runs=[loaded(1.0)] * 3), ArmResult("waits", runs=[loaded(3.0)] * 3)])
+            )
+        )
+        == []
+    )
+    assert list(_wandered(a_study([ArmResult("lost", runs=[DIVERGED])]))) == []
 
 
 def test_early_stops_and_earlier_looks_are_told():
-    looks = [
+    analyses = [
         {"pairs": 8, "alpha": 0.02, "made": True, "decided": ["good"]},
         {"pairs": 16, "alpha": 0.03, "made": True, "decided": ["other"]},
     ]
-    [stop] = _looked(a_study(looks=looks))
+    [stop] = _reported(a_study(interim_analyses=analyses))
     assert stop.startswith("Decided at the look at 8 of 16 pairs: good.")
     assert "lean away from zero" in stop
-    [again] = _looked(a_study(earlier=[6, 8]))
+    [again] = _reported(a_study(earlier=[6, 8]))
     assert "after 6, 8 pairs too" in again
     assert "--sequential" in again
-    assert list(_looked(a_study())) == []
+    assert list(_reported(a_study())) == []

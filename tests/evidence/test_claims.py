@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 import steep
-from steep.card import ROOMS
-from steep.evidence import ledger
-from steep.evidence.claims import Claim, Lab, Pairs, Quantity, columns, cpu_seconds, errors, scores
-from steep.evidence.study import Arm, RunRecord, Study
+from steep.evidence.claims import Claim, Lab, Pairs, Quantity, columns, cpu_seconds, errors, ledger, scores
+from steep.evidence.study import ArmResult, RunRecord, Study
+from steep.method import PACKAGES
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "claims").glob("*.py"))
@@ -42,9 +41,9 @@ def has_mnist():
 
 def test_every_method_has_a_claim_of_its_name():
     package = Path(steep.__file__).parent
-    own = {c.id for c in steep.cards().values() if Path(ledger._file(c.make)).is_relative_to(package)}
+    own = {c.id for c in steep.methods().values() if Path(ledger._file(c.make)).is_relative_to(package)}
     assert own == {path.stem.replace("_", "-") for path in FILES}
-    assert ROOMS
+    assert PACKAGES
 
 
 def test_claim_files_are_short():
@@ -141,9 +140,11 @@ def run(loss, accuracy, seconds):
 @pytest.fixture
 def study():
     arms = [
-        Arm("baseline", runs=[run(1.0, 0.5, 2.0), run(2.0, 1.0, 2.0)]),
-        Arm("rival", runs=[run(4.0, 0.5, 1.0), run(5.0, 0.5, 1.0)]),
-        Arm("x", runs=[run(0.5, 0.75, 3.0), run(None, None, 0.0)], equal_time=[run(0.7, 0.5, 2.0), run(0.8, 0.5, 2.0)]),
+        ArmResult("baseline", runs=[run(1.0, 0.5, 2.0), run(2.0, 1.0, 2.0)]),
+        ArmResult("rival", runs=[run(4.0, 0.5, 1.0), run(5.0, 0.5, 1.0)]),
+        ArmResult(
+            "x", runs=[run(0.5, 0.75, 3.0), run(None, None, 0.0)], equal_time=[run(0.7, 0.5, 2.0), run(0.8, 0.5, 2.0)]
+        ),
     ]
     return Study("r", "r", arms, "loss", {"loss": False, "accuracy": True}, [3, 4])
 

@@ -17,19 +17,19 @@ import pytest
 import torch
 
 import steep
-from steep.card import Card, Paper
 from steep.evidence import compare as module
 from steep.evidence import tuning
-from steep.evidence.contenders import BASELINE, contender, contenders, own_card
-from steep.evidence.jobs import Check, Job
+from steep.evidence.arms import BASELINE, make_arm, make_arms, own_method
 from steep.evidence.planning import choose, plan_of, tuning_runs
-from steep.evidence.pool import Pool
-from steep.evidence.power import minimum_detectable_effect
-from steep.evidence.preflights import Preflights
-from steep.evidence.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
-from steep.evidence.store import Store, StoreError, open_store
+from steep.evidence.runs.dry_runs import DryRuns
+from steep.evidence.runs.jobs import Check, Job
+from steep.evidence.runs.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
+from steep.evidence.runs.store import Store, StoreError, open_store
+from steep.evidence.runs.workers import Workers
+from steep.evidence.statistics.power import minimum_detectable_effect
 from steep.evidence.study import RunRecord
-from steep.training import RunError
+from steep.loop.training import RunError
+from steep.method import Method, Paper
 
 RECIPE = """
 import torch
@@ -111,11 +111,11 @@ def test_planted_effects_are_found_and_signed(planted):
 @pytest.mark.xdist_group("planted")
 def test_the_control_is_there_and_differs_from_the_baseline(planted):
     study, _ = planted
-    twin = study.arms[-1]
-    assert twin.name == "A/A"
-    assert [r.split_seed for r in twin.runs] == list(study.seeds)
-    assert all(d != 0 for d in twin.scores["loss"].differences)
-    assert not set(study.seeds) & {r.seed for r in twin.runs}
+    control = study.arms[-1]
+    assert control.name == "A/A"
+    assert [r.split_seed for r in control.runs] == list(study.seeds)
+    assert all(d != 0 for d in control.scores["loss"].differences)
+    assert not set(study.seeds) & {r.seed for r in control.runs}
 
 
 @pytest.mark.xdist_group("planted")
@@ -176,13 +176,17 @@ def twice(recipe):
 def test_a_sequential_study_goes_on_where_it_was(recipe_file, tmp_path):
     recipe, out = load_recipe(f"{recipe_file}:recipe"), tmp_path / "out"
     study = quick(recipe, [doubled_rate, nothing], out, sequential=True)
-    assert [(look["pairs"], look["made"]) for look in study.looks] == [(4, False), (8, True), (16, True)]
+    assert [(analysis["pairs"], analysis["made"]) for analysis in study.interim_analyses] == [
+        (4, False),
+        (8, True),
+        (16, True),
+    ]
     assert [len(arm(study, name).runs) for name in ("doubled_rate", "nothing", "A/A")] == [8, 16, 16]
     assert all(len(a.equal_time) in (0, len(a.runs)) for a in study.arms)
     files = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
     again = quick(recipe, [doubled_rate, nothing], out, sequential=True)
     assert {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()} == files
-    assert (again.looks, again.earlier) == (study.looks, [])
+    assert (again.interim_analyses, again.earlier) == (study.interim_analyses, [])
     assert [a.scores for a in again.arms] == [a.scores for a in study.arms]
 
 
@@ -224,8 +228,8 @@ def test_the_first_limit_of_a_budget_ends_it(regression, budget, total, steps):
 
 
 def test_preflights_are_kept_by_what_was_trained(tmp_path):
-    Preflights(tmp_path, {"a": "key"}).add({"a": Check(0.1, 0.2, 3)})
-    assert Preflights(tmp_path, {"b": "key", "c": "other"}).checks == {"b": Check(0.1, 0.2, 3)}
+    DryRuns(tmp_path, {"a": "key"}).add({"a": Check(0.1, 0.2, 3)})
+    assert DryRuns(tmp_path, {"b": "key", "c": "other"}).checks == {"b": Check(0.1, 0.2, 3)}
 
 
 def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
@@ -280,33 +284,35 @@ def test_fewer_than_six_seeds_give_numbers_but_no_verdict(recipe_file, tmp_path)
 
 
 def test_methods_with_fixed_hyper_parameters_and_joined_methods():
-    fixed = contender(("adabelief", {"lr": 0.5}))
-    assert "lr" not in fixed.space
+    fixed = make_arm(("adabelief", {"lr": 0.5}))
+    assert "lr" not in fixed.search_space
     assert fixed.settings({})[0] == (("adabelief", {"lr": 0.5}),)
-    joined = contender("adabelief+ps-kd")
-    assert {"adabelief.lr", "ps-kd.alpha_T"} <= set(joined.space)
+    joined = make_arm("adabelief+ps-kd")
+    assert {"adabelief.lr", "ps-kd.alpha_T"} <= set(joined.search_space)
     methods, lr_scale = joined.settings({"adabelief.lr": 0.3, "ps-kd.alpha_T": 0.7})
     assert dict(methods)["adabelief"]["lr"] == 0.3
     assert dict(methods)["ps-kd"] == {"alpha_T": 0.7}
     assert lr_scale == 1.0
-    assert contender("ps-kd").space.keys() == {"alpha_T", "lr_scale"}
+    assert make_arm("ps-kd").search_space.keys() == {"alpha_T", "lr_scale"}
 
 
 def test_a_card_of_ones_own_is_an_arm_with_its_space():
     def faster(recipe, *, rate=0.1):
         return recipe.replace(optimizer=lambda p: torch.optim.SGD(p, lr=rate))
 
-    mine = Card("mine", Paper("Mine"), "optim", faster, plug=faster, space={"rate": steep.log_uniform(0.01, 1)})
-    arm_ = contender(mine)
-    assert arm_.space == mine.space
+    mine = Method(
+        "mine", Paper("Mine"), "optim", faster, apply=faster, search_space={"rate": steep.log_uniform(0.01, 1)}
+    )
+    arm_ = make_arm(mine)
+    assert arm_.search_space == mine.search_space
     assert arm_.settings({"rate": 0.2}) == ((("mine", {"rate": 0.2}),), 1.0)
     assert arm_.defaults() == {"rate": 0.1}
-    assert own_card(nothing).summary == "A method that does nothing."
+    assert own_method(nothing).summary == "A method that does nothing."
 
 
 def test_an_arm_given_twice(regression):
     with pytest.raises(ValueError, match="'adabelief' is given twice"):
-        contenders(regression, ["adabelief", "adabelief"])
+        make_arms(regression, ["adabelief", "adabelief"])
 
 
 def test_all_takes_what_fits_and_says_why_the_rest_does_not(recipe_file, tmp_path):
@@ -414,7 +420,7 @@ def test_scores_that_do_not_exist(recipe_file, tmp_path):
 
 
 def test_a_method_that_does_not_fit_is_refused_by_name(recipe_file, tmp_path):
-    with pytest.raises(steep.UnmetNeed, match="ps-kd: PSKD needs class labels"):
+    with pytest.raises(steep.UnmetRequirement, match="ps-kd: PSKD needs class labels"):
         quick(f"{recipe_file}:recipe", ["ps-kd"], tmp_path / "a")
     with pytest.raises(ValueError, match=r"adabelief: .*lr=-1"):
         quick(f"{recipe_file}:recipe", [("adabelief", {"lr": -1.0})], tmp_path / "b")
@@ -436,7 +442,7 @@ def test_code_versions_depend_on_the_methods_own_file_only():
 
 
 def test_trials_are_kept_once_and_a_study_that_was_cut_off_goes_on(tmp_path):
-    arm_, costs = contender("adabelief"), [1.0, math.inf, 3.0, 4.0]
+    arm_, costs = make_arm("adabelief"), [1.0, math.inf, 3.0, 4.0]
     tried = tuning.proposals(arm_, 4)
     tuning.keep(tmp_path, arm_, "context", tried[:2], costs[:2])
     for _ in range(2):
@@ -448,16 +454,16 @@ def test_trials_are_kept_once_and_a_study_that_was_cut_off_goes_on(tmp_path):
 
 
 def test_tuning_starts_with_the_defaults_and_is_the_same_again():
-    arm_ = contender("adabelief")
+    arm_ = make_arm("adabelief")
     first = tuning.proposals(arm_, 8)
     assert first[0] == {name: arm_.defaults()[name] for name in first[0]}
     assert len({tuple(p.values()) for p in first}) == 8
     assert tuning.proposals(arm_, 8) == first
     assert tuning.proposals(arm_, 12)[:8] == first
-    assert tuning.proposals(contender("adamp"), 8)[1:] != first[1:]
+    assert tuning.proposals(make_arm("adamp"), 8)[1:] != first[1:]
     for proposal in first:
         for name, value in proposal.items():
-            assert arm_.space[name].low <= value <= arm_.space[name].high
+            assert arm_.search_space[name].low <= value <= arm_.search_space[name].high
 
 
 def test_the_best_trial_is_best_on_average_over_the_finalists_seeds():
@@ -501,21 +507,21 @@ def test_many_methods_get_more_seeds_because_fewer_could_show_nothing():
 def test_sequential_plans_have_more_seeds_and_say_when_they_look():
     two = {"baseline": 1.0, "m": 1.0}
     plan = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None, sequential=True)
-    assert [look.pairs for look in plan.looks] == [4, 8, 16]
-    assert plan.effect == minimum_detectable_effect(1.0, 16, plan.looks[-1].alpha)
-    text = module._announcement(plan, [contender("adabelief")], {}, 2)
+    assert [analysis.pairs for analysis in plan.interim_analyses] == [4, 8, 16]
+    assert plan.effect == minimum_detectable_effect(1.0, 16, plan.interim_analyses[-1].alpha)
+    text = module._announcement(plan, [make_arm("adabelief")], {}, 2)
     assert "Verdicts are read after 8 pairs (2.3 %) and 16 pairs (2.7 %), 5 % in all" in text
     assert "4 pairs are too few to decide anything" in text
     fixed = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None)
-    assert [look.pairs for look in fixed.looks] == [8]
-    assert "Verdicts are read" not in module._announcement(fixed, [contender("adabelief")], {}, 2)
+    assert [analysis.pairs for analysis in fixed.interim_analyses] == [8]
+    assert "Verdicts are read" not in module._announcement(fixed, [make_arm("adabelief")], {}, 2)
     assert choose(two, two, 1, minutes=None, trials=None, seeds=12, sequential=True).seeds == 12
 
 
 def test_plans_say_what_they_could_show():
     plan = plan_of({"baseline": 1.0, "m": 1.0}, {"baseline": True, "m": True}, 8, 8, 1)
     assert 1.0 < plan.effect < 1.5  # about 1.2 standard deviations at 8 pairs
-    text = module._announcement(plan, [contender("adabelief")], {"x": "why"}, 2)
+    text = module._announcement(plan, [make_arm("adabelief")], {"x": "why"}, 2)
     assert "standard deviations" in text
     assert "Left out: x: why" in text
     assert "no verdict" in module._announcement(plan_of({"b": 1.0}, {"b": True}, 8, 3, 1), [], {}, 1)
@@ -527,7 +533,7 @@ def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_pa
     dying = "    if not mark.exists():\n        mark.touch()\n        os.kill(os.getpid(), 9)\n"
     path.write_text(death + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
     jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
-    with Pool(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as pool:
+    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as pool:
         records = pool.run(jobs)
     assert [r.outcome for r in records] == ["finished", "finished"]
     assert [r.seed for r in records] == [0, 1]
@@ -535,13 +541,13 @@ def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_pa
 
 
 def test_workers_killed_again_and_again_end_the_comparison_with_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("steep.evidence.pool.RESTARTS", 1)
+    monkeypatch.setattr("steep.evidence.runs.workers.RESTARTS", 1)
     path = tmp_path / "mortal.py"
     dying = "    import os\n    os.kill(os.getpid(), 9)\n"
     path.write_text(RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
     with (
         pytest.raises(RunError, match=r"ended a worker 2 times \(does the memory suffice for 1 trainings"),
-        Pool(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool,
+        Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool,
     ):
         pool.run([Job("baseline", "confirm", (), 0, 0, steep.Budget(steps=3))])
 
@@ -549,13 +555,13 @@ def test_workers_killed_again_and_again_end_the_comparison_with_a_sentence(tmp_p
 def test_a_training_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_path):
     path = tmp_path / "picky.py"
     picky = "    if generator.initial_seed() == bad:\n        raise RuntimeError('no such luck')\n"
-    bad = "from steep.randomness import stream_seed\nbad = stream_seed(1, 'split')\n"
+    bad = "from steep.utils.randomness import stream_seed\nbad = stream_seed(1, 'split')\n"
     path.write_text(bad + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + picky))
     jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
     store = Store(tmp_path / "out")
     with (
         pytest.raises(RunError, match=r"baseline, seed 1: RuntimeError: no such luck \(.*picky\.py, line"),
-        Pool(from_name(f"{path}:recipe"), store, 1) as pool,
+        Workers(from_name(f"{path}:recipe"), store, 1) as pool,
     ):
         pool.run(jobs)
     assert [r.seed for r in store.records()] == [0]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from steep.evidence.pool import Pool
-from steep.evidence.source import from_name
-from steep.evidence.store import Store
+from steep.evidence.runs.source import from_name
+from steep.evidence.runs.store import Store
+from steep.evidence.runs.workers import Workers
 from steep.evidence.study import RunRecord
 
 
@@ -39,13 +39,13 @@ def test_the_watch_sees_a_run_made_again_lost_or_cut(kills, tmp_path):
     store, watch = Store(tmp_path), kills.Watch(tmp_path)
     store.put(record(key="a"))
     store.put(record(key="b"))
-    assert watch.look() == watch.look() == []
+    assert watch.analysis() == watch.analysis() == []
     store.put(record(key="a"))  # the same content, written again
-    assert watch.look() == ["a.json changed or vanished"]
+    assert watch.analysis() == ["a.json changed or vanished"]
     store.run_path("b").unlink()
-    assert watch.look() == ["b.json changed or vanished"]
+    assert watch.analysis() == ["b.json changed or vanished"]
     store.run_path("c").write_text(json.dumps(record().to_json())[:50])
-    assert "c.json is not whole" in watch.look()
+    assert "c.json is not whole" in watch.analysis()
 
 
 def test_only_measured_times_are_left_out_of_the_comparison(kills):
@@ -69,7 +69,7 @@ def test_drafts_of_a_killed_writer_are_cleared_when_a_comparison_starts(tmp_path
 def test_a_worker_killed_in_a_preflight_is_replaced(kills, tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(kills.RECIPE)
-    with Pool(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool:
+    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool:
         mark = str(tmp_path / "mark")
         die = f"open({mark!r}, 'w').close(), __import__('os').kill(__import__('os').getpid(), 9)"
         code = f"__import__('os').path.exists({mark!r}) or ({die})"

@@ -9,9 +9,8 @@ import pytest
 
 import steep
 from steep import cli
-from steep.evidence import ledger
-from steep.evidence.claims import Pairs, Quantity
-from steep.evidence.ledger import ClaimError, fingerprint, imported, load_claims, read, run, state, write
+from steep.evidence.claims import Pairs, Quantity, ledger
+from steep.evidence.claims.ledger import ClaimError, fingerprint, imported, load_claims, read, run, state, write
 
 ROOT = Path(__file__).parents[2]
 CLAIM = '''"""About Sven."""

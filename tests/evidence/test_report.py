@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from steep.evidence import figures, report, statistics, table
-from steep.evidence.reproduce import command
-from steep.evidence.study import Arm, Comparison, RunRecord, Study
+from steep.evidence.report import figures, table
+from steep.evidence.report import page as report
+from steep.evidence.report.reproduce import command
+from steep.evidence.statistics import paired
+from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 
 NASTY = "</script><script>document.title='hacked'</script><img src=x onerror=alert(1)>\"'{{7*7}}"
 METRICS = {"loss": False, "accuracy": True}
@@ -65,7 +67,7 @@ def record(
 
 def compared(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, Comparison]:
     return {
-        score: statistics.compare(
+        score: paired.compare(
             [r.test.get(score) for r in runs],
             [r.test.get(score) for r in baseline],
             score=score,
@@ -79,14 +81,14 @@ def compared(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[s
 def make_study(methods: dict[str, dict[str, Any]], seeds: int = 8, **changes: Any) -> Study:
     """Methods are given as what `record` takes beside name and seed; "diverges" lists seeds that diverge."""
     base = [record("baseline", s) for s in range(seeds)]
-    arms = [Arm("baseline", runs=base, hyper={"lr_scale": 1.0}, trials=base[:2], time_to_target=[2.0] * seeds)]
+    arms = [ArmResult("baseline", runs=base, hyper={"lr_scale": 1.0}, trials=base[:2], time_to_target=[2.0] * seeds)]
     for name, given in [*methods.items(), ("A/A", {})]:
         options = dict(given)
         lost, noop = options.pop("diverges", ()), options.pop("did_nothing", False)
         runs = [record(name, s, diverged=s in lost, **options) for s in range(seeds)]
         scores = compared(runs, base)
         arms.append(
-            Arm(
+            ArmResult(
                 name,
                 summary=f"What {name} changes.",
                 paper="https://arxiv.org/abs/2010.07468",
@@ -249,8 +251,8 @@ def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: st
 )
 def test_headline_counts_verdicts(verdicts: list[str], headline: str) -> None:
     scored = compared([record("x", 0)], [record("baseline", 0)])["loss"]
-    arms = [Arm(f"m{i}", scores={"loss": replace(scored, verdict=v)}) for i, v in enumerate(verdicts)]
-    assert report.headline(Study("r", "r", [Arm("baseline"), *arms], "loss", METRICS, [0])) == headline
+    arms = [ArmResult(f"m{i}", scores={"loss": replace(scored, verdict=v)}) for i, v in enumerate(verdicts)]
+    assert report.headline(Study("r", "r", [ArmResult("baseline"), *arms], "loss", METRICS, [0])) == headline
 
 
 def test_chosen_trial_is_marked(page: str) -> None:
@@ -339,7 +341,7 @@ def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
 
 def test_each_picture_comes_from_the_seed_with_the_median_loss(tmp_path: Path) -> None:
     study = with_pictures(make_study({"sven": {}}, seeds=7), draw(tmp_path).name)
-    for arm, run, _ in report.pictures(study, tmp_path):
+    for arm, run, _ in page.pictures(study, tmp_path):
         assert run.test["loss"] == np.median([r.test["loss"] for r in arm.runs])
 
 
@@ -356,8 +358,8 @@ def test_missing_or_damaged_pictures_are_said_to_be_missing(
 def test_pictures_outside_the_store_are_not_read(tmp_path: Path) -> None:
     draw(tmp_path)
     (tmp_path / "store").mkdir()
-    assert report.picture(tmp_path / "store", "../drawn.png") is None
-    assert report.picture(tmp_path, "drawn.png") is not None
+    assert page.picture(tmp_path / "store", "../drawn.png") is None
+    assert page.picture(tmp_path, "drawn.png") is not None
 
 
 # What some studies have more of -------------------------------------------------------------------------------------
@@ -365,10 +367,10 @@ def test_pictures_outside_the_store_are_not_read(tmp_path: Path) -> None:
 
 def having(thing: Any, **more: Any) -> Any:
     """A copy with further attributes, whether or not its class knows them yet."""
-    twin = copy.copy(thing)
+    control = copy.copy(thing)
     for name, value in more.items():
-        object.__setattr__(twin, name, value)
-    return twin
+        object.__setattr__(control, name, value)
+    return control
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +378,7 @@ def rich() -> Study:
     """A study with runs at equal examples, races to the target judged as a family, preparation, and two looks."""
     study = make_study({"sven": {"level": 0.6}, "same": {}})
     base, sven, same, control = study.arms
-    race = statistics.compare([1.0] * 8, [2.0] * 8, score="seconds to target", higher_is_better=False, relative=False)
+    race = paired.compare([1.0] * 8, [2.0] * 8, score="seconds to target", higher_is_better=False, relative=False)
     examples = [record("sven", s, level=1.5) for s in range(8)]
     sven = having(
         replace(sven, runs=[having(run, preparation_seconds=1.25) for run in sven.runs]),
@@ -384,8 +386,8 @@ def rich() -> Study:
         scores_at_equal_examples=compared(examples, base.runs),
         to_target={"seconds": replace(race, p_holm=0.123), "steps": replace(race, p_holm=0.045, won=7)},
     )
-    looks = [{"pairs": 4, "made": True}, {"pairs": 8, "made": True}, {"pairs": 16, "made": False}]
-    return having(replace(study, arms=[base, sven, same, control]), looks=looks)
+    analyses = [{"pairs": 4, "made": True}, {"pairs": 8, "made": True}, {"pairs": 16, "made": False}]
+    return having(replace(study, arms=[base, sven, same, control]), interim_analyses=analyses)
 
 
 def test_equal_examples_are_shown_where_they_take_other_runs(rich: Study, usual: Study) -> None:
@@ -434,7 +436,7 @@ def test_page_shows_what_a_study_has_more_of(rich: Study, page: str, tmp_path: P
     "study",
     [
         Study("r", "r", [], "loss", METRICS, []),
-        Study("r", "r", [Arm("baseline")], "loss", METRICS, [0]),
+        Study("r", "r", [ArmResult("baseline")], "loss", METRICS, [0]),
         make_study({}),
         make_study({"sven": {}}, seeds=1),
         make_study({"sven": {"diverges": range(8)}}),
@@ -610,7 +612,7 @@ def test_ratio_is_the_paired_comparison_with_the_baseline(usual: Study) -> None:
     drawn = series(usual, "sven", "ratio")
     pairs = zip(usual.arms[1].runs, usual.arms[0].runs, strict=True)
     logs = [math.log(a.curve[-1]["loss"] / b.curve[-1]["loss"]) for a, b in pairs]
-    low, high = statistics.interval(logs)
+    low, high = paired.interval(logs)
     assert drawn["mid"][-1] == pytest.approx(math.exp(np.mean(logs)), rel=1e-4)
     assert drawn["low"][-1] == pytest.approx(math.exp(low), rel=1e-4)
     assert drawn["high"][-1] == pytest.approx(math.exp(high), rel=1e-4)
@@ -634,9 +636,9 @@ def test_losses_below_zero_have_neither_ratio_nor_logarithm() -> None:
 
 def test_arms_differ_in_colour_or_dash() -> None:
     study = make_study({f"m{i}": {} for i in range(18)}, seeds=1)
-    looks = figures.styles(study)
-    assert len({(look["colour"], look["dash"]) for look in looks.values()}) == 20
-    assert sum(look["shown"] for look in looks.values()) == 1 + figures.SHOWN
+    analyses = figures.styles(study)
+    assert len({(analysis["colour"], analysis["dash"]) for analysis in analyses.values()}) == 20
+    assert sum(analysis["shown"] for analysis in analyses.values()) == 1 + figures.SHOWN
 
 
 # Markdown and CSV ---------------------------------------------------------------------------------------------------

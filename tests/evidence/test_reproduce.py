@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from steep import cli
-from steep.evidence.reproduce import command
+from steep.evidence.report.reproduce import command
 from steep.evidence.study import RunRecord
 
 

@@ -11,35 +11,35 @@ import torch
 from torch import nn
 
 import steep
-from steep.evidence.sequential import Look, followed, planned
-from steep.evidence.statistics import adjust, compare
-from steep.evidence.store import Store
+from steep.evidence.runs.store import Store
+from steep.evidence.statistics.paired import adjust, compare
+from steep.evidence.statistics.sequential import InterimAnalysis, followed, planned
 
 
 @pytest.mark.parametrize("methods", [1, 2, 3, 6, 10, 20])
 @pytest.mark.parametrize("pairs", [6, 8, 12, 16, 24, 32])
 def test_looks_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pairs, methods):
-    looks = planned(pairs, methods, sequential=True)
-    assert [look.pairs for look in looks] == [pairs // 4, pairs // 2, pairs]
-    assert sum(look.alpha for look in looks) == pytest.approx(0.05)
-    for look in looks[:-1]:
-        smallest = 2.0 ** (1 - pairs // (pairs // look.pairs))
-        assert (look.alpha / smallest).is_integer()  # whole p-values: nothing is given away
-        assert look.alpha == 0 or look.alpha / methods >= smallest  # Holm's first step can be made
-        assert look.alpha <= 0.05 * look.pairs / pairs
+    analyses = planned(pairs, methods, sequential=True)
+    assert [analysis.pairs for analysis in analyses] == [pairs // 4, pairs // 2, pairs]
+    assert sum(analysis.alpha for analysis in analyses) == pytest.approx(0.05)
+    for analysis in analyses[:-1]:
+        smallest = 2.0 ** (1 - pairs // (pairs // analysis.pairs))
+        assert (analysis.alpha / smallest).is_integer()  # whole p-values: nothing is given away
+        assert analysis.alpha == 0 or analysis.alpha / methods >= smallest  # Holm's first step can be made
+        assert analysis.alpha <= 0.05 * analysis.pairs / pairs
 
 
 def test_four_pairs_can_spend_nothing_and_one_look_spends_all():
-    assert planned(16, 1, sequential=True)[0] == Look(4, 0)
-    assert planned(16, 1, sequential=False) == [Look(16, 0.05)]
+    assert planned(16, 1, sequential=True)[0] == InterimAnalysis(4, 0)
+    assert planned(16, 1, sequential=False) == [InterimAnalysis(16, 0.05)]
 
 
 def alphas(pairs, methods):
-    return [look.alpha for look in planned(pairs, methods, sequential=True)]
+    return [analysis.alpha for analysis in planned(pairs, methods, sequential=True)]
 
 
 def test_what_looks_at_4_8_and_16_pairs_spend_by_hand():
-    assert [look.pairs for look in planned(16, 1, sequential=True)] == [4, 8, 16]
+    assert [analysis.pairs for analysis in planned(16, 1, sequential=True)] == [4, 8, 16]
     three = 3 / 128  # the p-values of 8 pairs are multiples of 1 / 128, and 0.025 holds three
     assert alphas(16, 1) == pytest.approx([0, three, 0.05 - three])
     assert alphas(16, 3) == pytest.approx([0, three, 0.05 - three])
@@ -63,21 +63,21 @@ def test_the_total_error_is_at_most_five_per_cent_exactly(heavy):
     _, half, whole = alphas(16, 1)
     early = np.repeat(sign_flip_levels(sizes[:8])[1] <= half, 256)
     signs, p = sign_flip_levels(sizes)
-    late = p <= whole
+    deferred = p <= whole
     assert np.mean(early) == 3 / 128
-    assert 0.035 < np.mean(early | late) <= 0.05
+    assert 0.035 < np.mean(early | deferred) <= 0.05
     design = planned(16, 1, sequential=True)
-    for i in rng.choice(np.flatnonzero(early | late), 10).tolist() + rng.integers(0, len(signs), 10).tolist():
+    for i in rng.choice(np.flatnonzero(early | deferred), 10).tolist() + rng.integers(0, len(signs), 10).tolist():
         verdict, ended = one_arm(signs[i] * sizes, design)
-        assert (verdict in ("helps", "hurts")) == (early | late)[i]
+        assert (verdict in ("helps", "hurts")) == (early | deferred)[i]
         assert ended.pairs == (8 if early[i] else 16)
 
 
 def one_arm(d, design):
     last = {}
 
-    def judged(look, going):
-        alone = compare((-d[: look.pairs]).tolist(), [0.0] * look.pairs, alpha=look.alpha)
+    def judged(analysis, going):
+        alone = compare((-d[: analysis.pairs]).tolist(), [0.0] * analysis.pairs, alpha=analysis.alpha)
         last.update(adjust({"arm": alone}))
         return last
 
@@ -89,8 +89,8 @@ def test_interval_of_a_look_excludes_zero_exactly_when_the_look_decides_and_cove
     covered = []
     for _ in range(400):
         d = rng.standard_normal(16) + effect
-        for look in design[1:]:
-            c = compare((-d[: look.pairs]).tolist(), [0.0] * look.pairs, alpha=look.alpha)
+        for analysis in design[1:]:
+            c = compare((-d[: analysis.pairs]).tolist(), [0.0] * analysis.pairs, alpha=analysis.alpha)
             assert (c.verdict == "helps") == (c.low > 0)
             if c.verdict == "helps":
                 break
@@ -99,30 +99,34 @@ def test_interval_of_a_look_excludes_zero_exactly_when_the_look_decides_and_cove
 
 
 def test_an_arm_that_is_decided_is_not_looked_at_again():
-    looks, asked = [Look(4, 0), Look(8, 0.02), Look(16, 0.03)], []
+    analyses, asked = [InterimAnalysis(4, 0), InterimAnalysis(8, 0.02), InterimAnalysis(16, 0.03)], []
     clear, even = [1.0, 2.0, 1.5, 1.2, 0.9, 1.1, 1.3, 0.7] * 2, [1.0, -1.0] * 8
 
-    def judged(look, going):
-        asked.append((look.pairs, list(going)))
+    def judged(analysis, going):
+        asked.append((analysis.pairs, list(going)))
         differences = {"clear": clear, "even": even}
-        alone = {name: compare([0.0] * look.pairs, differences[name][: look.pairs], alpha=look.alpha) for name in going}
+        alone = {
+            name: compare([0.0] * analysis.pairs, differences[name][: analysis.pairs], alpha=analysis.alpha)
+            for name in going
+        }
         return adjust(alone, 2)
 
-    assert followed(looks, ["clear", "even"], judged) == {"clear": looks[1], "even": looks[2]}
+    assert followed(analyses, ["clear", "even"], judged) == {"clear": analyses[1], "even": analyses[2]}
     assert asked == [(8, ["clear", "even"]), (16, ["even"])]
 
 
 def test_nothing_is_made_once_all_are_decided():
-    looks = [Look(8, 0.02), Look(16, 0.03)]
+    analyses = [InterimAnalysis(8, 0.02), InterimAnalysis(16, 0.03)]
     asked = []
 
-    def judged(look, going):
-        asked.append(look.pairs)
+    def judged(analysis, going):
+        asked.append(analysis.pairs)
         return {
-            name: compare([0.0] * look.pairs, [1.0 + i for i in range(look.pairs)], alpha=look.alpha) for name in going
+            name: compare([0.0] * analysis.pairs, [1.0 + i for i in range(analysis.pairs)], alpha=analysis.alpha)
+            for name in going
         }
 
-    followed(looks, ["a"], judged)
+    followed(analyses, ["a"], judged)
     assert asked == [8]
 
 
@@ -175,10 +179,10 @@ def test_a_clear_method_stops_early_and_an_idle_one_goes_on(tmp_path):
     assert made["fast"] < made["baseline"] == made["same"] == made["A/A"] == 16
     assert arms["fast"].scores["loss"].verdict == "helps"
     assert arms["same"].did_nothing
-    early = next(look for look in study.looks if "fast" in look["decided"])
+    early = next(analysis for analysis in study.interim_analyses if "fast" in analysis["decided"])
     assert early["pairs"] == made["fast"]
     assert any("Decided at the look" in warning for warning in study.warnings)
-    assert math.isclose(sum(look["alpha"] for look in study.looks), 0.05)
+    assert math.isclose(sum(analysis["alpha"] for analysis in study.interim_analyses), 0.05)
     kept, made = (json.dumps(dataclasses.asdict(s)) for s in (Store(tmp_path).study(), study))
     assert kept == made
 

@@ -19,20 +19,20 @@ from optuna.trial import TrialState
 from typer.testing import CliRunner
 
 from steep.cli import app
-from steep.evidence import shared as module
-from steep.evidence.jobs import Check, Job
 from steep.evidence.planning import agreed
-from steep.evidence.pool import Failure, Pool
-from steep.evidence.preflights import Preflights
-from steep.evidence.shared import alone, database, finished, join, without_passwords
-from steep.evidence.source import from_name
-from steep.evidence.store import Store, StoreError
+from steep.evidence.runs import shared as module
+from steep.evidence.runs.dry_runs import DryRuns
+from steep.evidence.runs.jobs import Check, Job
+from steep.evidence.runs.shared import alone, database, finished, join, without_passwords
+from steep.evidence.runs.source import from_name
+from steep.evidence.runs.store import Store, StoreError
+from steep.evidence.runs.workers import Failure, Workers
 from steep.evidence.study import RunRecord
+from steep.loop.training import RunError
 from steep.recipe import Budget
-from steep.training import RunError
 
 SIZES = ["--trials", "2", "--seeds", "2", "--workers", "1"]
-QUICK = "from steep.evidence import shared; shared.BEAT, shared.GRACE = 1, 3; from steep.cli import main; main()"
+QUICK = "from steep.evidence.runs import shared; shared.BEAT, shared.GRACE = 1, 3; from steep.cli import main; main()"
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
 
 
@@ -127,7 +127,7 @@ def test_two_processes_share_a_file_and_end_with_the_same_records(kills, undistu
     done = trainings(url)
     assert {f"{key}.json" for key in done} == set(runs(tmp_path / "a"))
     assert all(len(trials) == 1 for trials in done.values())
-    checks = [(tmp_path / name / "preflights.json").read_text() for name in ("a", "b")]
+    checks = [(tmp_path / name / "dry_runs.json").read_text() for name in ("a", "b")]
     assert checks[0] == checks[1]
 
 
@@ -162,7 +162,7 @@ def test_racing_machines_claim_every_training_exactly_once(url):
         with join(url, "race") as shared:
             start.wait()
             mine = []
-            while claimed := shared.claim(shared.look(wanted), 2):
+            while claimed := shared.claim(shared.analysis(wanted), 2):
                 mine += claimed
                 for key in claimed:
                     shared.finish(key, {"by": key}, 0.0)
@@ -172,41 +172,41 @@ def test_racing_machines_claim_every_training_exactly_once(url):
         claimed = [key for mine in pool.map(claim_all, range(4)) for key in mine]
     assert sorted(claimed) == sorted(wanted)
     with join(url, "race") as shared:
-        assert dict(finished(shared.look(wanted))) == {key: {"by": key} for key in wanted}
+        assert dict(finished(shared.analysis(wanted))) == {key: {"by": key} for key in wanted}
 
 
 def test_the_first_trial_that_has_not_failed_counts(tmp_path):
     url, wanted = f"sqlite:///{tmp_path / 'shared.db'}", jobs(1)
     with join(url, "s") as a, join(url, "s") as b:
-        a.look(wanted)
+        a.analysis(wanted)
         b.study.add_trial(a.study.trials[0])  # as if both had enqueued it at once
         assert [t.state for t in a.study.trials] == [TrialState.WAITING] * 2
-        assert b.claim(b.look(wanted), 9) == ["key0"]
-        assert a.claim(a.look(wanted), 9) == []
+        assert b.claim(b.analysis(wanted), 9) == ["key0"]
+        assert a.claim(a.analysis(wanted), 9) == []
         assert [t.state for t in a.study.trials] == [TrialState.RUNNING, TrialState.WAITING]
         b.release()
-        assert a.look(wanted)["key0"].number == 1
-        assert a.claim(a.look(wanted), 9) == ["key0"]
+        assert a.analysis(wanted)["key0"].number == 1
+        assert a.claim(a.analysis(wanted), 9) == ["key0"]
 
 
 def test_a_silent_machine_loses_its_training_and_its_late_run_does_not_count(url, monkeypatch):
     monkeypatch.setattr(module, "BEAT", 1000)
     wanted = jobs(1)
     with join(url, "silence") as silent:
-        assert silent.claim(silent.look(wanted), 1) == ["key0"]
+        assert silent.claim(silent.analysis(wanted), 1) == ["key0"]
         monkeypatch.setattr(module, "BEAT", 1)
         monkeypatch.setattr(module, "GRACE", 1)
         with join(url, "silence") as other:
             deadline = time.monotonic() + 20
-            while not other.claim(other.look(wanted), 1):
+            while not other.claim(other.analysis(wanted), 1):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             time.sleep(2.5)  # longer than GRACE: a beating machine keeps what it has
-            assert other.look(wanted)["key0"].state == TrialState.RUNNING
+            assert other.analysis(wanted)["key0"].state == TrialState.RUNNING
             silent.finish("key0", {"by": "silent"}, 0.0)
-            assert dict(finished(other.look(wanted))) == {}
+            assert dict(finished(other.analysis(wanted))) == {}
             other.finish("key0", {"by": "other"}, 0.0)
-            assert dict(finished(silent.look(wanted))) == {"key0": {"by": "other"}}
+            assert dict(finished(silent.analysis(wanted))) == {"key0": {"by": "other"}}
 
 
 def test_what_the_first_machine_says_counts_for_all(tmp_path):
@@ -223,9 +223,9 @@ def test_what_the_first_machine_says_counts_for_all(tmp_path):
 
 def test_machines_plan_alike_whatever_their_own_measurements_and_workers(tmp_path):
     with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as shared:
-        quick = Preflights(tmp_path / "a", {"baseline": "key"}, shared.agree)
+        quick = DryRuns(tmp_path / "a", {"baseline": "key"}, shared.agree)
         quick.add({"baseline": Check(0.1, 0.2, 3)})
-        slow = Preflights(tmp_path / "b", {"baseline": "key"}, shared.agree)
+        slow = DryRuns(tmp_path / "b", {"baseline": "key"}, shared.agree)
         assert slow.checks == {"baseline": Check(0.1, 0.2, 3)}
         slow.add({"baseline": Check(9.0, 9.0, 3)})
         assert slow.checks == quick.checks
@@ -233,7 +233,11 @@ def test_machines_plan_alike_whatever_their_own_measurements_and_workers(tmp_pat
         asked = {"minutes": 3.0, "trials": None, "seeds": None, "sequential": False}
         first = agreed(shared.agree, cost, tuned, 8, **asked)
         other = agreed(shared.agree, cost, tuned, 1, **asked)
-        assert (other.trials, other.seeds, other.looks) == (first.trials, first.seeds, first.looks)
+        assert (other.trials, other.seeds, other.interim_analyses) == (
+            first.trials,
+            first.seeds,
+            first.interim_analyses,
+        )
         assert other.seconds == 8 * first.seconds
         with pytest.raises(ValueError, match="too few"):
             agreed(alone, cost, tuned, 1, **asked)
@@ -259,7 +263,7 @@ def test_a_run_travels_with_its_picture(tmp_path):
 def test_runs_of_the_own_store_are_handed_over_and_others_are_taken_without_training(undisturbed, tmp_path):
     source, url = from_name(f"{undisturbed[0]}:recipe"), f"sqlite:///{tmp_path / 'shared.db'}"
     wanted, stores = list(jobs(3).values()), [Store(tmp_path / name) for name in ("a", "b")]
-    pools = [Pool(source, store, 2) for store in stores]  # not started: they cannot train
+    pools = [Workers(source, store, 2) for store in stores]  # not started: they cannot train
     keys = [job.key(source, pools[0].code(job)) for job in wanted]
     for i, key in enumerate(keys):
         stores[0].put(record(key=key, seed=i, outcome="diverged"))
@@ -278,7 +282,7 @@ def test_a_training_that_raises_is_given_back(undisturbed, tmp_path):
             future.set_result(Failure("ValueError", "no such file", "x.py, line 1"))
             return future
 
-    pool = Pool(from_name(f"{undisturbed[0]}:recipe"), Store(tmp_path / "out"), 2)
+    pool = Workers(from_name(f"{undisturbed[0]}:recipe"), Store(tmp_path / "out"), 2)
     pool.executor = Broken()
     with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as pool.shared:
         with pytest.raises(RunError, match="no such file"):
@@ -328,7 +332,7 @@ def refused(url, undisturbed, tmp_path):
     result = CliRunner().invoke(app, [*command, "--storage", url])
     assert result.exit_code == 2
     assert not list(tmp_path.rglob("runs/*.json"))
-    assert not list(tmp_path.rglob("preflights.json"))
+    assert not list(tmp_path.rglob("dry_runs.json"))
     return result.stderr
 
 
@@ -347,7 +351,7 @@ def test_a_database_that_goes_away_is_named(tmp_path):
         with join(f"sqlite:///{path}", "s") as shared:
             shared.storage.engine.dispose()
             path.write_bytes(b"not a database" * 100)
-            shared.look(jobs(1))
+            shared.analysis(jobs(1))
 
     with pytest.raises(StoreError, match=r"lost the database sqlite.*the same command goes on"):
         work()

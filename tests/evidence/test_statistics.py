@@ -15,8 +15,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steep.evidence.power import minimum_detectable_effect, seeds_needed
-from steep.evidence.statistics import (
+from steep.evidence.statistics.paired import (
     adjust,
     band,
     compare,
@@ -27,6 +26,7 @@ from steep.evidence.statistics import (
     paired_time_to_target,
     sign_flip_p,
 )
+from steep.evidence.statistics.power import minimum_detectable_effect, seeds_needed
 
 INF = math.inf
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steep.evidence import table
-from steep.evidence.study import Arm, Comparison, RunRecord, Study
+from steep.evidence.report import table
+from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 
 METRICS = {"loss": False, "accuracy": True}
 
@@ -48,13 +48,13 @@ def run(loss: float | None, seed: int = 0, **changes: Any) -> RunRecord:
     return RunRecord(f"k{seed}", "x", "confirm", (), 1.0, seed, seed, {}, outcome, test=scores, **costs)
 
 
-def arm(name: str, c: Comparison | None = None, timed: Comparison | None = None, **changes: Any) -> Arm:
+def arm(name: str, c: Comparison | None = None, timed: Comparison | None = None, **changes: Any) -> ArmResult:
     scores = {} if c is None else {c.score: c}
-    return Arm(name, scores=scores, scores_at_equal_time={} if timed is None else {timed.score: timed}, **changes)
+    return ArmResult(name, scores=scores, scores_at_equal_time={} if timed is None else {timed.score: timed}, **changes)
 
 
-def study(*arms: Arm, primary: str = "loss", **changes: Any) -> Study:
-    baseline = Arm("baseline", runs=[run(0.4), run(0.2), run(0.3)])
+def study(*arms: ArmResult, primary: str = "loss", **changes: Any) -> Study:
+    baseline = ArmResult("baseline", runs=[run(0.4), run(0.2), run(0.3)])
     return Study("digits", "digits", [baseline, *arms], primary, METRICS, list(range(8)), **changes)
 
 
@@ -232,10 +232,10 @@ def test_arms_are_ranked_between_baseline_and_control() -> None:
 
 def test_medians_count_unfinished_runs_as_worst() -> None:
     losses: Sequence[float | None] = (0.1, None, 0.3)
-    runs = Arm("x", runs=[run(loss) for loss in losses])
+    runs = ArmResult("x", runs=[run(loss) for loss in losses])
     assert table.median_test(runs, "loss", False) == 0.3
     assert table.median_test(runs, "accuracy", True) == 0.7
-    assert math.isnan(table.median_test(Arm("x"), "loss", False))
+    assert math.isnan(table.median_test(ArmResult("x"), "loss", False))
 
 
 def test_row_of_an_arm() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steep.evidence.claims import Pairs, Quantity
-from steep.evidence.verdicts import VERDICTS, effect, gains, judge, number, numbers, overall
+from steep.evidence.claims.verdicts import VERDICTS, effect, gains, judge, number, numbers, overall
 
 SURE = [0.5] * 8  # all subset means are 0.5: the interval is [0.5, 0.5]
 WIDE = [-1.0, 2.0, -1.5, 2.5, -0.5, 1.5]

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import steep
 from steep.linalg import rademacher
 from steep.losses import hessian_alignment
-from steep.losses.hessian_alignment import HessianAlignment, by_domain, card, last_linear
+from steep.losses.hessian_alignment import HessianAlignment, by_domain, method
 from steep.recipe import Run
 
 KINDS = ("hgp", "hutchinson", "exact")
@@ -429,12 +429,12 @@ def test_state_holds_the_steps_and_the_generator_and_nothing_of_the_head():
 def test_copies_with_their_model_go_their_own_ways(copied):
     (x, y, domains), model = examples(), network()
     loss = aligned(model[-1], kind="hutchinson", alpha=1.0, probes=3, weight=9.0, anneal_steps=1)
-    twin_model, twin = copied((model, loss))
-    twin(twin_model(x), y, domains=domains).backward()
+    second_model, clone = copied((model, loss))
+    clone(second_model(x), y, domains=domains).backward()
     assert model[0].weight.grad is None
-    assert twin_model[0].weight.grad is not None
-    twin.step()
-    assert (loss.penalty_weight, twin.penalty_weight) == (1.0, 9.0)
+    assert second_model[0].weight.grad is not None
+    clone.step()
+    assert (loss.penalty_weight, clone.penalty_weight) == (1.0, 9.0)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -515,15 +515,15 @@ def test_the_loss_is_given_the_domain_of_every_example():
     seen = []
 
     class Asks(nn.Module):
-        needs = frozenset({"domains"})
+        requires = frozenset({"domains"})
 
         def forward(self, output, target, *, domains):
             seen.append((domains, target))
             return cross_entropy(output, target)
 
-    result = fitted(two_bit(1, loss=steep.late(lambda run: Asks()), score=cross_entropy))
+    result = fitted(two_bit(1, loss=steep.deferred(lambda run: Asks()), score=cross_entropy))
     assert len(seen) == result.steps == 1
-    data = steep.task("two-bit").data(steep.randomness.generator(0, "split"))
+    data = steep.task("two-bit").data(steep.utils.randomness.generator(0, "split"))
     _, y, _ = data.train.dataset[:]
     for domain in (0, 1):
         assert (seen[0][0] == domain).sum() == 80
@@ -538,7 +538,7 @@ def test_a_late_loss_has_the_model_that_is_trained():
         models.append(run.model)
         return HessianAlignment(run.model.layers[-1], cross_entropy, run.generator, beta=1.0)
 
-    result = fitted(two_bit(loss=steep.late(build), score=cross_entropy))
+    result = fitted(two_bit(loss=steep.deferred(build), score=cross_entropy))
     assert result.model is models[0]
 
 
@@ -554,23 +554,22 @@ def test_a_recipes_module_is_copied_for_every_run():
 
     loss = Counts()
     fitted(two_bit(loss=loss))
-    fitted(card.apply(two_bit(loss=loss)))
+    fitted(method(two_bit(loss=loss)))
     assert loss.calls == 0
 
 
-def test_the_plugged_loss_is_the_recipes_own_with_the_last_linear_layer():
+def test_the_loss_in_a_recipe_is_the_recipes_own_with_the_last_linear_layer():
     recipe = two_bit(3)
-    plain, off = fitted(recipe), fitted(card.apply(recipe, alpha=0.0, beta=0.0))
+    plain, off = fitted(recipe), fitted(method(recipe, alpha=0.0, beta=0.0))
     np.testing.assert_allclose(off.history.losses, plain.history.losses, rtol=1e-5)
-    assert fitted(card.apply(recipe, beta=10.0)).history.losses[0] > plain.history.losses[0] + 1e-4
+    assert fitted(method(recipe, beta=10.0)).history.losses[0] > plain.history.losses[0] + 1e-4
     assert off.test.keys() == plain.test.keys()
 
 
-def test_last_linear():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Sequential(nn.Linear(3, 4), nn.ReLU()), nn.LayerNorm(4))
-    assert last_linear(model) is model[1][0]
-    with pytest.raises(ValueError, match=r"LayerNorm has no nn.Linear to be its head.*steep.late"):
-        last_linear(nn.LayerNorm(3))
+def test_a_model_without_a_linear_layer_has_no_head():
+    recipe = two_bit(model=lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(2)))
+    with pytest.raises(ValueError, match=r"Sequential has no nn.Linear to be its head.*steep.deferred"):
+        fitted(method(recipe))
 
 
 def test_data_without_domains_are_refused_by_name():
@@ -578,15 +577,15 @@ def test_data_without_domains_are_refused_by_name():
         data = two_bit().data(g)
         return steep.Data(data.train, data.val)
 
-    with pytest.raises(steep.UnmetNeed, match="HessianAlignment needs the domain of every training example"):
-        fitted(card.apply(two_bit(data=bare)))
+    with pytest.raises(steep.UnmetRequirement, match="HessianAlignment needs the domain of every training example"):
+        fitted(method(two_bit(data=bare)))
     data = two_bit().data(generator())
     with pytest.raises(ValueError, match=r"domains must have shape \(160,\), one for each example, got \(80,\)"):
         steep.Data(data.train, data.val, domains=data.domains[:80])
 
 
 def test_a_rule_that_needs_a_vector_refuses_it_by_name():
-    recipe = steep.card("coherence").apply(card.apply(two_bit()))
+    recipe = steep.method("coherence")(method(two_bit()))
     with pytest.raises(ValueError, match="needs one loss per example"):
         fitted(recipe)
 
@@ -602,7 +601,7 @@ def test_run_knows_no_model_before_it_is_built():
 def test_finds_the_invariant_bit_where_the_mean_loss_finds_the_other():
     """Two bits, 3 paired seeds: accuracy in the test's domain 0.75 against 0.10."""
     recipe = two_bit(200, optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2), scheduler=None)
-    ours = card.apply(recipe, alpha=1.0, beta=1.0, weight=1e3, anneal_steps=50)
+    ours = method(recipe, alpha=1.0, beta=1.0, weight=1e3, anneal_steps=50)
     for seed in range(3):
         plain, aligned_ = (fitted(r, seed).test["accuracy"] for r in (recipe, ours))
         assert plain < 0.2

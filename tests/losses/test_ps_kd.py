@@ -15,8 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import steep
-from steep.calibration import expected_calibration_error
-from steep.losses.ps_kd import PSKD, card
+from steep.losses.ps_kd import PSKD, method
+from steep.utils.calibration import expected_calibration_error
 
 
 def examples(n=6, features=4, classes=3, seed=0, dtype=torch.float64):
@@ -312,11 +312,11 @@ def test_state_of_another_number_of_examples_is_refused():
 def test_copies_and_pickles_go_their_own_ways():
     z, before, y = case()
     loss = with_memory(before, y)
-    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-        assert torch.equal(twin(z, y, indices=torch.arange(50)), loss(z, y, indices=torch.arange(50)))
-        twin.step()
-        assert loss.alpha < twin.alpha
-        assert not torch.equal(loss.previous, twin.previous)
+    for clone in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(clone(z, y, indices=torch.arange(50)), loss(z, y, indices=torch.arange(50)))
+        clone.step()
+        assert loss.alpha < clone.alpha
+        assert not torch.equal(loss.previous, clone.previous)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -381,22 +381,22 @@ def recipe(epochs=4, n=40, **changes):
 
 
 def test_one_epoch_of_fit_is_cross_entropy_and_more_are_not():
-    one, plain = steep.fit(card.apply(recipe(1)), progress=False), steep.fit(recipe(1), progress=False)
+    one, plain = steep.fit(method(recipe(1)), progress=False), steep.fit(recipe(1), progress=False)
     assert one.history.losses == plain.history.losses
-    more, plain = steep.fit(card.apply(recipe(4)), progress=False), steep.fit(recipe(4), progress=False)
+    more, plain = steep.fit(method(recipe(4)), progress=False), steep.fit(recipe(4), progress=False)
     assert more.history.losses[:3] == plain.history.losses[:3]
     assert more.history.losses[-1] != plain.history.losses[-1]
 
 
 @pytest.mark.parametrize("alpha_T", [0.4, 0.9])
 def test_alpha_T_reaches_the_loss(alpha_T):
-    default = steep.fit(card.apply(recipe()), progress=False).history.losses
-    assert steep.fit(card.apply(recipe(), alpha_T=alpha_T), progress=False).history.losses != default
+    default = steep.fit(method(recipe()), progress=False).history.losses
+    assert steep.fit(method(recipe(), alpha_T=alpha_T), progress=False).history.losses != default
 
 
 def test_held_out_data_are_scored_by_the_recipes_own_loss():
-    result = steep.fit(card.apply(recipe()), progress=False)
-    data = recipe().data(steep.randomness.generator(0, "split"))
+    result = steep.fit(method(recipe()), progress=False)
+    data = recipe().data(steep.utils.randomness.generator(0, "split"))
     x, y, _ = next(iter(data.test))
     with torch.no_grad():
         assert result.test["loss"] == pytest.approx(F.cross_entropy(result.model(x), y).item(), rel=1e-6)
@@ -421,16 +421,16 @@ class InterruptOnce:
 
 @pytest.mark.parametrize("at", [3, 9, 12])
 def test_interrupted_fit_goes_on_exactly(tmp_path, at):
-    method = card.apply(recipe(6))
+    ours = method(recipe(6))
 
     def stopping(generator):
-        data = method.data(generator)
+        data = ours.data(generator)
         return steep.Data(InterruptOnce(data.train, at + 1), data.val, data.test)  # fit's check takes a batch too
 
     with pytest.raises(steep.Interrupted):
-        steep.fit(method.replace(data=stopping), checkpoint=tmp_path / "run.pt", progress=False)
-    resumed = steep.fit(method, checkpoint=tmp_path / "run.pt", progress=False)
-    straight = steep.fit(method, progress=False)
+        steep.fit(ours.replace(data=stopping), checkpoint=tmp_path / "run.pt", progress=False)
+    resumed = steep.fit(ours, checkpoint=tmp_path / "run.pt", progress=False)
+    straight = steep.fit(ours, progress=False)
     assert resumed.history.losses == straight.history.losses
     assert resumed.test == straight.test
 
@@ -442,13 +442,13 @@ def test_unmet_needs_name_the_line_to_change():
         pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
         return steep.Data(pairs, pairs)
 
-    with pytest.raises(steep.UnmetNeed, match=r"PSKD needs the index.*steep\.batches\.Indexed"):
-        steep.fit(card.apply(recipe(data=without_index)), progress=False)
+    with pytest.raises(steep.UnmetRequirement, match=r"PSKD needs the index.*steep\.batches\.Indexed"):
+        steep.fit(method(recipe(data=without_index)), progress=False)
 
 
 def test_a_budget_of_seconds_alone_has_no_horizon():
     with pytest.raises(ValueError, match="give the budget steps or epochs"):
-        steep.fit(card.apply(recipe(budget=steep.Budget(seconds=1))), progress=False)
+        steep.fit(method(recipe(budget=steep.Budget(seconds=1))), progress=False)
 
 
 def test_fit_names_the_example_whose_prediction_is_not_finite():
@@ -456,7 +456,7 @@ def test_fit_names_the_example_whose_prediction_is_not_finite():
     x[7] = torch.inf
     data = lambda generator: steep.Data(steep.tensor_loader(x, y, 8), steep.tensor_loader(x, y, 8))  # noqa: E731
     with pytest.raises(steep.NonFinite, match=r"example \[7\].*inputs of this batch"):
-        steep.fit(card.apply(recipe(data=data)), progress=False)
+        steep.fit(method(recipe(data=data)), progress=False)
 
 
 # -- learning -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import steep
-from steep.models.nm_gradient_flow import SCHEDULES, Phase, Schedule, apply_nm_gradient_flow, card, top_n
+from steep.models.nm_gradient_flow import SCHEDULES, Phase, Schedule, apply_nm_gradient_flow, method, top_n
 
 SPARSE_SCHEDULES = [s for s in SCHEDULES if s != "dense"]
 MASKED, STE, SR_STE = {"flow": "masked"}, {"flow": "ste"}, {"flow": "ste", "sr_decay": 0.3}
@@ -403,13 +403,13 @@ def test_deepcopy_goes_on_exactly_and_shares_nothing(flow):
     model = mlp()
     handle = apply_nm_gradient_flow(model, total_steps=12, **flow)
     train(model, handle, sgd(model), 4)
-    twin, twin_handle = copy.deepcopy((model, handle))
+    clone, second_handle = copy.deepcopy((model, handle))
     untouched = copy.deepcopy(model.state_dict())
-    train(twin, twin_handle, sgd(twin), 6, first=4)
+    train(clone, second_handle, sgd(clone), 6, first=4)
     same(model.state_dict(), untouched)
     train(model, handle, sgd(model), 6, first=4)
-    same(model.state_dict(), twin.state_dict())
-    assert handle.steps == twin_handle.steps == 10
+    same(model.state_dict(), clone.state_dict())
+    assert handle.steps == second_handle.steps == 10
 
 
 def test_stepping_touches_neither_parameters_nor_optimizer():
@@ -433,12 +433,12 @@ def test_stepping_touches_neither_parameters_nor_optimizer():
 
 
 def test_model_and_optimizer_may_be_made_in_either_order():
-    early, late = mlp(), mlp()
+    early, deferred = mlp(), mlp()
     optimizer = adamw(early)
-    handles = [apply_nm_gradient_flow(model, total_steps=6) for model in (early, late)]
+    handles = [apply_nm_gradient_flow(model, total_steps=6) for model in (early, deferred)]
     train(early, handles[0], optimizer, 6)
-    train(late, handles[1], adamw(late), 6)
-    same(early.state_dict(), late.state_dict())
+    train(deferred, handles[1], adamw(deferred), 6)
+    same(early.state_dict(), deferred.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -693,7 +693,7 @@ def digits_recipe(hidden=16, epochs=3, lr=3e-3):
 
 
 def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
-    result = steep.fit(card.apply(digits_recipe(), n=2, m=16), progress=False)
+    result = steep.fit(method(digits_recipe(), n=2, m=16), progress=False)
     gate = result.model[0].parametrizations.weight[0]
     assert int(gate.steps) == result.steps == 18
     assert (kept(result.model[0].weight, 16) == 2).all()
@@ -702,23 +702,23 @@ def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
 
 def test_dense_schedule_in_fit_equals_the_plain_recipe():
     plain = steep.fit(digits_recipe(), progress=False)
-    dense = steep.fit(card.apply(digits_recipe(), schedule="dense"), progress=False)
+    dense = steep.fit(method(digits_recipe(), schedule="dense"), progress=False)
     assert plain.history.losses == dense.history.losses
     assert plain.test == dense.test
 
 
 def test_card_wraps_another_method_on_the_model_and_needs_a_horizon():
-    recipe = steep.compose(digits_recipe(), [(card, {"layers": "0"}), (card, {"layers": "3"})])
+    recipe = steep.compose(digits_recipe(), [(method, {"layers": "0"}), (method, {"layers": "3"})])
     model = steep.fit(recipe, progress=False).model
     assert (kept(model[0].weight, 8) == 1).all()
     assert (kept(model[3].weight, 8) == 1).all()
     with pytest.raises(ValueError, match="horizon"):
-        steep.fit(card.apply(digits_recipe().replace(budget=steep.Budget(seconds=1))), progress=False)
+        steep.fit(method(digits_recipe().replace(budget=steep.Budget(seconds=1))), progress=False)
 
 
 @pytest.mark.parametrize("schedule", ["mask-decay-exponential", "structure-decay-geometric", "static"])
 def test_interrupted_fit_goes_on_exactly(tmp_path, schedule):
-    recipe, calls = card.apply(digits_recipe(), schedule=schedule, dense_fraction=0.2), []
+    recipe, calls = method(digits_recipe(), schedule=schedule, dense_fraction=0.2), []
 
     def interrupting(output, target):
         calls.append(1)

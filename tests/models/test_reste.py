@@ -17,7 +17,7 @@ from torch import nn
 
 import steep
 from steep.models._signs import sign
-from steep.models.reste import BITS, EDE, FDA, STE, ApproxSign, ReSTE, apply_reste, card
+from steep.models.reste import BITS, EDE, FDA, STE, ApproxSign, ReSTE, apply_reste, method
 from steep.per_example import PerExample
 
 ESTIMATORS = {"reste": ReSTE(), "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
@@ -400,16 +400,16 @@ def test_deepcopy_goes_on_exactly_and_shares_nothing(bits, name):
     model = mlp()
     handle = apply_reste(model, total_steps=12, bits=bits, estimator=name)
     train(model, handle, sgd(model), 4)
-    twin, twin_handle = copy.deepcopy((model, handle))
+    clone, second_handle = copy.deepcopy((model, handle))
     untouched = copy.deepcopy(model.state_dict())
-    train(twin, twin_handle, sgd(twin), 6, first=4)
+    train(clone, second_handle, sgd(clone), 6, first=4)
     same(model.state_dict(), untouched)
     train(model, handle, sgd(model), 6, first=4)
-    same(model.state_dict(), twin.state_dict())
-    twin_handle.remove()
+    same(model.state_dict(), clone.state_dict())
+    second_handle.remove()
     assert handle.steps == 10
-    assert list(twin.state_dict()) == list(mlp().state_dict())
-    assert len(twin[1]._forward_pre_hooks) == 0
+    assert list(clone.state_dict()) == list(mlp().state_dict())
+    assert len(clone[1]._forward_pre_hooks) == 0
 
 
 def test_layers_without_bias_come_back_without_one():
@@ -445,12 +445,12 @@ def test_stepping_touches_neither_parameters_nor_optimizer():
 
 
 def test_model_and_optimizer_may_be_made_in_either_order():
-    early, late = mlp(), mlp()
+    early, deferred = mlp(), mlp()
     optimizer = adamw(early)
-    handles = [apply_reste(model, total_steps=6, bits="1W1A") for model in (early, late)]
+    handles = [apply_reste(model, total_steps=6, bits="1W1A") for model in (early, deferred)]
     train(early, handles[0], optimizer, 6)
-    train(late, handles[1], adamw(late), 6)
-    same(early.state_dict(), late.state_dict())
+    train(deferred, handles[1], adamw(deferred), 6)
+    same(early.state_dict(), deferred.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -775,7 +775,7 @@ def digits_recipe(epochs=3):
 
 
 def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
-    result = steep.fit(card.apply(digits_recipe(), bits="1W1A"), progress=False)
+    result = steep.fit(method(digits_recipe(), bits="1W1A"), progress=False)
     layer = result.model[3].linear
     assert int(layer.input_sign.steps) == int(layer.parametrizations.weight[0].steps) == result.steps == 18
     assert layer.input_sign.sharpness.item() == 3.0
@@ -783,16 +783,16 @@ def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
 
 
 def test_card_wraps_another_method_on_the_model_and_needs_a_horizon():
-    recipe = steep.compose(digits_recipe(), [(card, {"skip": ("first", "last")}), (card, {"skip": ("0", "3.*")})])
+    recipe = steep.compose(digits_recipe(), [(method, {"skip": ("first", "last")}), (method, {"skip": ("0", "3.*")})])
     model = steep.fit(recipe, progress=False).model
     assert len(model[3].linear.weight.abs().unique()) == len(model[4].weight.abs().unique()) == 1
     with pytest.raises(ValueError, match="horizon"):
-        steep.fit(card.apply(digits_recipe().replace(budget=steep.Budget(seconds=1))), progress=False)
+        steep.fit(method(digits_recipe().replace(budget=steep.Budget(seconds=1))), progress=False)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_interrupted_fit_goes_on_exactly(tmp_path, bits):
-    recipe, calls = card.apply(digits_recipe(), bits=bits), []
+    recipe, calls = method(digits_recipe(), bits=bits), []
 
     def interrupting(output, target):
         calls.append(1)

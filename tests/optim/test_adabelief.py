@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from steep.card import cards
+from steep.method import methods
 from steep.optim import adabelief
 from steep.optim.adabelief import AdaBelief, rectification
 
@@ -279,7 +279,7 @@ def test_needs_fewer_steps_than_adam_on_the_papers_functions(name):
 
 
 def test_card():
-    card = cards()["adabelief"]
-    assert card is adabelief.card
-    assert card.hyper["betas"] == (0.9, 0.999)
-    assert card.changes == "optim"
+    method = methods()["adabelief"]
+    assert method is adabelief.method
+    assert method.hyper["betas"] == (0.9, 0.999)
+    assert method.changes == "optim"

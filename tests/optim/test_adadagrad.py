@@ -12,10 +12,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import steep
-from steep.card import Card, Paper
-from steep.growing import GrowingBatches
-from steep.optim.adadagrad import TESTS, AdaGradNorm, AdaptiveBatchSize, adadagrad, card
-from steep.optimizer_contract import CHECKS
+from steep.method import Method, Paper
+from steep.optim._growing import GrowingBatches
+from steep.optim.adadagrad import TESTS, AdaGradNorm, AdaptiveBatchSize, adadagrad, method
+from steep.testing.optimizers import CHECKS
 
 
 class Size:
@@ -99,20 +99,20 @@ def test_demands_in_single_precision():
 
 
 def test_the_gradient_is_the_mean():
-    model, twin, batch = network(), network(), examples(9)
+    model, clone, batch = network(), network(), examples(9)
     after_a_batch(model, batch)
-    losses(twin, batch).mean().backward()
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    losses(clone, batch).mean().backward()
+    for p, q in zip(model.parameters(), clone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("test", ["norm", "coordinate-wise"])
 @pytest.mark.parametrize("parts", [2, 3, 4])
 def test_a_batch_in_parts_counts_as_one(test, parts):
-    model, twin, batch = network(), network(), examples(17)
-    whole, rule = after_a_batch(twin, batch, test=test), after_a_batch(model, batch, parts, test=test)
+    model, clone, batch = network(), network(), examples(17)
+    whole, rule = after_a_batch(clone, batch, test=test), after_a_batch(model, batch, parts, test=test)
     assert rule.demand == pytest.approx(whole.demand, rel=1e-8)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+    for p, q in zip(model.parameters(), clone.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-13)
 
 
@@ -215,11 +215,11 @@ def test_interval():
 
 
 def test_at_the_maximum_the_rule_is_the_plain_mean():
-    model, twin, batch = network(), network(), examples(8)
+    model, clone, batch = network(), network(), examples(8)
     rule = AdaptiveBatchSize(model, Size(4, maximum=4))
     rule(losses(model, batch), scale=0.25)
-    (losses(twin, batch).mean() * 0.25).backward()
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    (losses(clone, batch).mean() * 0.25).backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), clone.parameters(), strict=True))
     rule.step()
     assert rule.batches.asked == []
 
@@ -250,7 +250,7 @@ def test_arguments_out_of_range(wrong, message):
 
 def test_batchnorm_is_refused_by_name():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    with pytest.raises(steep.UnmetNeed, match=r"2 \(BatchNorm1d\) is in training mode: use nn.GroupNorm"):
+    with pytest.raises(steep.UnmetRequirement, match=r"2 \(BatchNorm1d\) is in training mode: use nn.GroupNorm"):
         AdaptiveBatchSize(model, Size())(losses(model, examples(4)))
 
 
@@ -292,7 +292,7 @@ def fit(recipe, **arguments):
 
 
 def test_a_tolerance_of_everything_is_plain_adagrad():
-    plain, ours = fit(recipe()), fit(card.apply(recipe(), eta=1e9))
+    plain, ours = fit(recipe()), fit(method(recipe(), eta=1e9))
     np.testing.assert_allclose(ours.history.losses, plain.history.losses, rtol=2e-4)
     assert ours.examples == plain.examples
 
@@ -306,7 +306,7 @@ def test_a_plain_loop_is_the_training_of_the_recipe(adapt):
         scheduler=None,
         budget=steep.Budget(epochs=3),
     )
-    expected = fit(card.apply(ours, eta=1.0, lr=0.1, adapt=adapt)).history.losses
+    expected = fit(method(ours, eta=1.0, lr=0.1, adapt=adapt)).history.losses
     model, found = network(dtype=torch.float32), []
     batches, backward, optimizer = adadagrad(model, steep.tensor_loader(x, y, 4), eta=1.0, lr=0.1, adapt=adapt)
     for _ in range(3):
@@ -322,13 +322,13 @@ def test_a_plain_loop_is_the_training_of_the_recipe(adapt):
 
 
 def test_accumulation_takes_the_same_path():
-    whole, parts = (fit(card.apply(recipe(), eta=1.0), accumulate=k) for k in (1, 3))
+    whole, parts = (fit(method(recipe(), eta=1.0), accumulate=k) for k in (1, 3))
     np.testing.assert_allclose(parts.history.losses, whole.history.losses, rtol=1e-3)
     assert len(parts.history.losses) < 50
 
 
 def test_budget_is_examples_and_updates_are_few():
-    plain, ours = fit(recipe()), fit(card.apply(recipe()))
+    plain, ours = fit(recipe()), fit(method(recipe()))
     assert ours.examples == plain.examples
     assert ours.steps == plain.steps
     assert len(ours.history.losses) < len(plain.history.losses) / 4
@@ -342,8 +342,8 @@ def test_composes_with_a_curriculum_of_images():
         model=lambda: copy.deepcopy(pooled),
         budget=steep.Budget(epochs=5),
     )
-    curriculum = steep.card("efficienttrain")
-    for order in ([card, curriculum], [curriculum, card]):
+    curriculum = steep.method("efficienttrain")
+    for order in ([method, curriculum], [curriculum, method]):
         result = fit(steep.compose(base, [(c, {}) for c in order]))
         assert result.examples == 300
         assert len(result.history.losses) < 75
@@ -351,7 +351,7 @@ def test_composes_with_a_curriculum_of_images():
 
 def test_another_backward_rule_is_refused():
     with pytest.raises(ValueError, match="beside another backward rule"):
-        steep.compose(recipe(), [(steep.card("coherence"), {}), (card, {})])
+        steep.compose(recipe(), [(steep.method("coherence"), {}), (method, {})])
 
 
 @pytest.mark.parametrize("test", TESTS)
@@ -364,10 +364,10 @@ def test_state_of_the_rule(test):
     other.load_state_dict(torch.load(file, weights_only=True))
     assert (other.steps, other.demand) == (1, rule.demand)
     assert repr(other) == f"AdaptiveBatchSize(test={test!r}, eta=0.5, nu=1.0, interval=1)"
-    for twin in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
-        twin(losses(twin.engine.model, examples(8)))
-        twin.step()
-        assert (twin.steps, rule.steps) == (2, 1)
+    for clone in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        clone(losses(clone.engine.model, examples(8)))
+        clone.step()
+        assert (clone.steps, rule.steps) == (2, 1)
 
 
 @pytest.mark.parametrize(("adapt", "lr"), [("coordinate", 0.05), ("norm", 1.0)])
@@ -375,9 +375,9 @@ def test_an_update_on_growing_batches_is_worth_more_than_one_on_the_first_size(a
     """Three epochs of growing batches against as many updates of 8 examples, three paired seeds."""
     base, gains = recipe(budget=steep.Budget(epochs=3)), []
     for seed in range(3):
-        ours = fit(card.apply(base, lr=lr, adapt=adapt), seed=seed)
+        ours = fit(method(base, lr=lr, adapt=adapt), seed=seed)
         brief = base.replace(budget=steep.Budget(steps=len(ours.history.losses)))
-        small = fit(card.apply(brief, eta=1e9, lr=lr, adapt=adapt), seed=seed)
+        small = fit(method(brief, eta=1e9, lr=lr, adapt=adapt), seed=seed)
         assert len(small.history.losses) == len(ours.history.losses) < 405 / 10
         gains.append(ours.test["accuracy"] - small.test["accuracy"])
     assert min(gains) > 0.05
@@ -468,7 +468,7 @@ def test_optimizer_contract(check, row_wise):
         def __init__(self, params, row_wise=row_wise):
             super().__init__(params, row_wise=row_wise)
 
-    check(Card(id="made", paper=Paper("AdaGrad-Norm"), changes="optim", make=Made))
+    check(Method(id="made", paper=Paper("AdaGrad-Norm"), changes="optim", make=Made))
 
 
 @pytest.mark.parametrize(("wrong", "message"), [({"adapt": "tensor"}, "adapt='tensor' must be"), ({"lr": -1}, "lr=-1")])

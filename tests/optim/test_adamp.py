@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from steep.card import cards
+from steep.method import methods
 from steep.optim import adamp
 from steep.optim.adamp import SGDP, AdamP
 
@@ -401,8 +401,8 @@ def test_keeps_weights_short_and_learns_as_well_on_digits(make, baseline, digits
 
 
 def test_cards():
-    found = cards()
-    assert found["adamp"] is adamp.card
-    assert found["sgdp"] is adamp.sgdp_card
+    found = methods()
+    assert found["adamp"] is adamp.method
+    assert found["sgdp"] is adamp.sgdp_method
     assert found["adamp"].paper == found["sgdp"].paper
     assert found["sgdp"].hyper["momentum"] == 0.9

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from steep.card import cards
+from steep.method import methods
 from steep.optim import diffgrad
 from steep.optim.diffgrad import DiffGrad
 
@@ -218,7 +218,7 @@ def test_finds_the_better_minima_of_the_papers_functions():
 
 
 def test_card():
-    card = cards()["diffgrad"]
-    assert card is diffgrad.card
-    assert card.hyper["weight_decay"] == 0.0
-    assert card.changes == "optim"
+    method = methods()["diffgrad"]
+    assert method is diffgrad.method
+    assert method.hyper["weight_decay"] == 0.0
+    assert method.changes == "optim"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from steep.card import cards
+from steep.method import methods
 from steep.optim import m_fac
 from steep.optim.m_fac import MFAC, EmpiricalFisherInverse
 
@@ -202,13 +202,13 @@ def test_half_precision_keeps_its_state_in_single():
         for p, g in zip(params, row, strict=True):
             p.grad = g
         optimizer.step()
-    twin = MFAC(params, ngrads=4)
-    twin.load_state_dict(optimizer.state_dict())
+    clone = MFAC(params, ngrads=4)
+    clone.load_state_dict(optimizer.state_dict())
     for p in params:
-        for own in (optimizer.state[p], twin.state[p]):
+        for own in (optimizer.state[p], clone.state[p]):
             assert own["grads"].dtype == own["momentum_buffer"].dtype == torch.float32
-    assert torch.equal(twin.state[params[0]]["gram"], optimizer.state[params[0]]["gram"])
-    assert twin.state[params[0]]["gram"].dtype == torch.float64
+    assert torch.equal(clone.state[params[0]]["gram"], optimizer.state[params[0]]["gram"])
+    assert clone.state[params[0]]["gram"].dtype == torch.float64
 
 
 @pytest.mark.parametrize("stop", [0, 3, 7])  # before the first step, with the window half full, after it wrapped
@@ -250,9 +250,9 @@ def test_loading_copies_the_state():
     start, grads = problem(3)
     _, optimizer = follow(start, grads, ngrads=4)
     saved = optimizer.state_dict()
-    twin = MFAC([nn.Parameter(t.clone()) for t in start], ngrads=4)
-    twin.load_state_dict(saved)
-    twin.state[twin.param_groups[0]["params"][0]]["gram"].zero_()
+    clone = MFAC([nn.Parameter(t.clone()) for t in start], ngrads=4)
+    clone.load_state_dict(saved)
+    clone.state[clone.param_groups[0]["params"][0]]["gram"].zero_()
     assert saved["state"][0]["gram"].any()
 
 
@@ -470,7 +470,7 @@ def test_static_refuses_vectors_of_another_length():
 
 
 def test_card():
-    card = cards()["m-fac"]
-    assert card is m_fac.card
-    assert card.hyper["damping"] == 1e-5
-    assert card.changes == "optim"
+    method = methods()["m-fac"]
+    assert method is m_fac.method
+    assert method.hyper["damping"] == 1e-5
+    assert method.changes == "optim"

@@ -15,9 +15,9 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steep.needs import UnmetNeed
 from steep.per_example import Dense, PerExample, closed_form
 from steep.per_example.layers import RULES
+from steep.requires import UnmetRequirement
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +54,16 @@ def test_batch_norm_in_training_mode_is_refused_with_its_name_and_the_way_out(no
     engine = PerExample(model)
     if isinstance(norm, nn.SyncBatchNorm):
         norm.forward = nn.BatchNorm2d(4).forward  # SyncBatchNorm itself needs a process group
-    with pytest.raises(UnmetNeed, match=rf"1\.0 \({type(norm).__name__}\) is in training mode: .*GroupNorm.*eval mode"):
+    with pytest.raises(
+        UnmetRequirement, match=rf"1\.0 \({type(norm).__name__}\) is in training mode: .*GroupNorm.*eval mode"
+    ):
         engine.rows(losses_of(model, torch.randn(5, 3, 6, 6)))
 
 
 def test_batch_norm_without_running_statistics_is_refused_in_evaluation_mode_too():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval()
     engine = PerExample(model)
-    with pytest.raises(UnmetNeed, match="BatchNorm1d"):
+    with pytest.raises(UnmetRequirement, match="BatchNorm1d"):
         engine.rows(losses_of(model, torch.randn(5, 3)))
 
 
@@ -176,7 +178,7 @@ def test_checkpointed_segments():
 def test_segments_checkpointed_where_nothing_can_be_seen_are_refused_with_the_way_out():
     model = Checkpointed(True)
     engine = PerExample(model)
-    with pytest.raises(UnmetNeed, match="give it use_reentrant=False"):
+    with pytest.raises(UnmetRequirement, match="give it use_reentrant=False"):
         engine.rows(losses_of(model, torch.randn(5, 3)))
 
 
@@ -390,13 +392,13 @@ def test_rows_of_two_forwards_together():
     torch.testing.assert_close(rows.gram(), j @ j.T)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_compiled_model(late):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_compiled_model(deferred):
     """Compiled in pieces where the layers' hooks are; as a whole, and left to autograd, where they came too late."""
     torch._dynamo.reset()
     model, x = mlp(3, 6, 2), torch.randn(5, 3, dtype=torch.float64)
     compiled = torch.compile(model, backend="aot_eager")
-    if late:
+    if deferred:
         compiled(x)
     engine, j = PerExample(model), jacobian(model, x)
     with warnings.catch_warnings(record=True) as told:
@@ -404,8 +406,8 @@ def test_a_compiled_model(late):
         for _ in range(2):
             rows = engine.rows(losses_of(compiled, x))
             torch.testing.assert_close(rows.gram(), j @ j.T)
-    assert {type(part).__name__ for part in rows.parts} == {"Blocks" if late else "Outer"}
-    assert any("each step takes" in str(w.message) for w in told) == late
+    assert {type(part).__name__ for part in rows.parts} == {"Blocks" if deferred else "Outer"}
+    assert any("each step takes" in str(w.message) for w in told) == deferred
 
 
 def test_two_losses_of_one_forward():

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steep.needs import UnmetNeed
 from steep.per_example import PerExample
+from steep.requires import UnmetRequirement
 
 B = 5
 
@@ -77,7 +77,7 @@ MIXING_LAYERS = {
 def test_an_operation_over_the_batch_between_layers(name):
     model = Between(MIXING_LAYERS[name])
     engine = PerExample(model)
-    with pytest.raises(UnmetNeed, match=rf"through '{name}', after layer 'first' \(Linear\): .*GroupNorm"):
+    with pytest.raises(UnmetRequirement, match=rf"through '{name}', after layer 'first' \(Linear\): .*GroupNorm"):
         engine.rows(squares(model(batch())))
 
 
@@ -96,7 +96,9 @@ def test_a_loss_over_the_batch(name):
     model = Between()
     engine = PerExample(model)
     name_or_reduction = "Max" if name == "Div" else "Slice|Sub" if name == "Sort" else name
-    with pytest.raises(UnmetNeed, match=rf"through '({name_or_reduction})', after layer 'last'.*independent=False"):
+    with pytest.raises(
+        UnmetRequirement, match=rf"through '({name_or_reduction})', after layer 'last'.*independent=False"
+    ):
         engine.rows(MIXING_LOSSES[name](model(batch())))
 
 
@@ -104,7 +106,7 @@ def test_tokens_enter_through_an_embedding():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.BatchNorm1d(8).eval(), nn.Linear(8, 2)).double()
     engine = PerExample(model)
     out = model(torch.randint(7, (B, 2)))
-    with pytest.raises(UnmetNeed, match="through 'Softmax', after layer '3'"):
+    with pytest.raises(UnmetRequirement, match="through 'Softmax', after layer '3'"):
         engine.rows(squares(out.softmax(0)))
 
 
@@ -112,7 +114,7 @@ def test_a_refusal_is_not_forgotten():
     model = Between()
     engine, x = PerExample(model), batch()
     for _ in range(2):
-        with pytest.raises(UnmetNeed):
+        with pytest.raises(UnmetRequirement):
             engine.rows(MIXING_LOSSES["Mean"](model(x)))
     exact(engine, model, lambda: squares(model(x)))
     assert engine.left_to_autograd == set()

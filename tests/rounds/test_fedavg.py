@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import steep
-from steep import federated as fed
-from steep.randomness import Stream
+from steep.rounds import _federated as fed
 from steep.rounds import fedavg
 from steep.rounds.fedavg import FedAvg
+from steep.utils.randomness import Stream
 
 LEAST_SQUARES = [(5, 1.0), (12, -2.0), (8, 4.0), (20, 0.5)]  # examples and slope of each client
 
@@ -226,7 +226,7 @@ def test_bad_arguments(change, message):
 
 
 def test_no_clients():
-    with pytest.raises(steep.UnmetNeed, match="FedAvg needs training data divided among clients"):
+    with pytest.raises(steep.UnmetRequirement, match="FedAvg needs training data divided among clients"):
         FedAvg(network(), [], losses_of, generator=generator())
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import steep
-from steep import federated as fed
-from steep.randomness import Stream
+from steep.rounds import _federated as fed
 from steep.rounds import fedspeed
 from steep.rounds.fedavg import FedAvg
 from steep.rounds.fedspeed import FedSpeed
+from steep.utils.randomness import Stream
 
 LEAST_SQUARES = [(5, 1.0), (12, -2.0), (8, 4.0), (20, 0.5), (6, -1.0)]  # examples and slope of each client
 PLAIN = {"lr_decay": 1.0, "weight_decay": 0.0, "clip_norm": math.inf}
@@ -393,11 +393,11 @@ def test_resume_is_exact(dual_average):
 def test_rounds_can_be_copied_and_pickled():
     rounds = FedSpeed(network(), classes(), losses_of, generator=generator())
     next(rounds)
-    twins = [copy.deepcopy(rounds), pickle.loads(pickle.dumps(rounds))]
+    copies_ = [copy.deepcopy(rounds), pickle.loads(pickle.dumps(rounds))]
     expected = next(rounds)
-    for twin in twins:
-        assert torch.equal(next(twin), expected)
-        assert torch.equal(weights(twin.model), weights(rounds.model))
+    for clone in copies_:
+        assert torch.equal(next(clone), expected)
+        assert torch.equal(weights(clone.model), weights(rounds.model))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,9 @@ def test_bad_arguments(change, message):
 
 
 def test_no_clients_and_empty_clients():
-    with pytest.raises(steep.UnmetNeed, match=r"FedSpeed needs training data divided among clients: .*dirichlet"):
+    with pytest.raises(
+        steep.UnmetRequirement, match=r"FedSpeed needs training data divided among clients: .*dirichlet"
+    ):
         FedSpeed(network(), [], losses_of, generator=generator())
     with pytest.raises(ValueError, match=r"clients\[1\] has no data"):
         FedSpeed(network(), [classes()[0], []], losses_of, generator=generator())
@@ -442,11 +444,11 @@ def test_card_puts_it_into_a_recipe():
         budget=steep.Budget(steps=2),
     )
     fit = {"seed": 3, "progress": False, "device": "cpu"}
-    once, more = (steep.fit(fedspeed.card.apply(recipe, rho=rho, local_steps=3), **fit) for rho in (0.0, 0.1))
+    once, more = (steep.fit(fedspeed.method(recipe, rho=rho, local_steps=3), **fit) for rho in (0.0, 0.1))
     assert once.steps == more.steps == 2
     assert 2 * once.examples == more.examples  # both passes are paid for
-    with pytest.raises(steep.UnmetNeed, match="needs training data divided among clients"):
-        steep.fit(fedspeed.card.apply(recipe.replace(data=lambda g: dataclasses.replace(data(g), clients=()))), **fit)
+    with pytest.raises(steep.UnmetRequirement, match="needs training data divided among clients"):
+        steep.fit(fedspeed.method(recipe.replace(data=lambda g: dataclasses.replace(data(g), clients=()))), **fit)
 
 
 # ---- learning

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steep.card import cards
+from steep.method import methods
 from steep.solvers import gns
 from steep.solvers.gns import empirical_fisher, minimize, zero
 
@@ -205,6 +205,6 @@ def test_bad_values_are_named(bad, message):
 
 
 def test_card():
-    card = cards()["gns"]
-    assert card is gns.card
-    assert card.plug is None
+    method = methods()["gns"]
+    assert method is gns.method
+    assert not method.is_arm

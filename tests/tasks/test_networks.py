@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from steep.needs import coupling_layers
+from steep.requires import coupling_layers
 from steep.tasks.networks import MLP, Block, FourierFeatures, SmallCNN, Transformer
 
 

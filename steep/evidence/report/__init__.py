@@ -1,0 +1,1 @@
+"""A finished study as a terminal table and as an HTML page."""

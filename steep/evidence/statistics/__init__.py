@@ -1,0 +1,1 @@
+"""Exact tests and intervals for paired runs, their power, and interim analyses."""

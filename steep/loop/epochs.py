@@ -1,0 +1,77 @@
+"""The plain outer loop: one optimizer step per batch, over and over the training loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from steep.batches import Batch, Loader
+from steep.utils.randomness import Stream
+
+
+class Epochs:
+    """Iterator whose every item is one optimizer step: the step's mean loss.
+
+    Data draw from `stream` alone, so their order depends on the seed and on nothing a method does. The state
+    holds the stream at the epoch's start and the number of batches since: resuming replays them.
+
+    Args:
+        loader: the training loader.
+        train_step: does one optimizer step and returns the mean loss.
+        stream: random numbers for order and augmentation.
+    """
+
+    def __init__(self, loader: Loader, train_step: Callable[[Batch], float], stream: Stream):
+        self.loader, self.train_step, self.stream = loader, train_step, stream
+        self.batches: Iterator[Any] | None = None
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        self.batches, self.position = None, 0
+        self.at_start = {"stream": self.stream.state, "loader": [g.get_state() for g in generators(self.loader)]}
+
+    def __iter__(self) -> Epochs:
+        return self
+
+    def __next__(self) -> float:
+        return self.train_step(self.next_batch())
+
+    def next_batch(self) -> Batch:
+        with self.stream.active():
+            if self.batches is None:
+                self.batches = iter(self.loader)
+            batch = next(self.batches, None)
+        if batch is None:
+            if self.position == 0:
+                raise ValueError(
+                    "the training loader yields no batch: is batch_size larger than the data with drop_last?"
+                )
+            self.start_epoch()
+            return self.next_batch()
+        self.position += 1
+        self.batch = Batch(*batch)  # kept until the next is there: memory freed first would be mapped anew each step
+        return self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, **self.at_start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.state = state["stream"]
+        for generator, saved in zip(generators(self.loader), state["loader"], strict=True):
+            generator.set_state(saved)
+        self.start_epoch()
+        for _ in range(state["position"]):
+            self.next_batch()
+
+
+def generators(loader: Any) -> list[torch.Generator]:
+    """Generators that a user's loader and its samplers draw from, each once."""
+    found: dict[int, torch.Generator] = {}
+    while loader is not None:
+        generator = getattr(loader, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+        loader = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
+    return list(found.values())

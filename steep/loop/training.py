@@ -1,0 +1,306 @@
+"""A recipe's parts, built for one run, and one step of them. `fit` is the loop around it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from steep.batches import Batch
+from steep.loop.checkpoint import check_same_model
+from steep.loop.epochs import Epochs
+from steep.loop.measure import Stopwatch
+from steep.loop.scoring import evaluating, score
+from steep.loop.tracking import Log
+from steep.recipe import Recipe, Run
+from steep.requires import Facts, check_losses, check_requirements
+from steep.utils.randomness import Stream, generator
+
+
+@dataclass
+class History:
+    """Mean training loss of every step, and one entry per evaluation."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+class NonFinite(ArithmeticError):
+    """A loss became NaN or infinite; the message names the step, the examples and the way back."""
+
+
+class RunError(RuntimeError):
+    """A training of a comparison raised; the message names the arm, the seed and the place."""
+
+
+def accelerator(device: str | None, precision: str, log: Log | None = None) -> Accelerator:
+    """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"precision={precision!r} must be 'no', 'bf16' or 'fp16'")
+    if device not in (None, "cpu"):
+        raise ValueError(f"device={device!r} must be None (the accelerator, if there is one) or 'cpu'")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = Accelerator(cpu=device == "cpu", mixed_precision=precision, **(log.accelerate() if log else {}))
+    if found.num_processes > 1:
+        raise ValueError(f"fit runs in one process, not in {found.num_processes}: start it without a launcher")
+    return found
+
+
+class Training:
+    """Everything one run is made of: built in the order data, model, loss, rule, optimizer, scheduler, rounds."""
+
+    def __init__(self, recipe: Recipe, seed: int, split_seed: int, accelerator: Accelerator, accumulate: int = 1):
+        started = time.process_time()
+        self.recipe, self.accelerator, self.accumulate = recipe, accelerator, accumulate
+        self.device = accelerator.device
+        data = recipe.data(generator(split_seed, "split"))
+        if len(data.train) == 0 or len(data.val) == 0:
+            raise ValueError("the data are empty: the train and val loaders need at least one batch each")
+        self.run = Run(
+            data, seed, len(data.train), recipe.budget.total_steps(len(data.train)), generator(seed, "parts")
+        )
+        self.run.model = model = recipe.build("model", self.run)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"{type(model).__name__} has no parameter to train (none at all, or all are frozen)")
+        self.loss = recipe.build("loss", self.run)
+        if isinstance(self.loss, nn.Module):
+            self.loss = self.loss.to(self.device)
+        self.score = recipe.build("score", self.run) or self.loss
+        self.model = accelerator.prepare_model(model)
+        self.rule = recipe.build("backward", self.run)(self.model)
+        plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self.scheduler = recipe.scheduler(plain, self.run.total_steps) if recipe.scheduler else None
+        # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
+        self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
+        self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
+        self.elapsed = self._before = 0  # steps of the budget
+        self.evaluation_stream = Stream(seed, "evaluation")
+        self.rounds = self._rounds(seed)
+        changing = (self.scheduler, self.run.data.train, self.loss, *self.run.parts)
+        self.steps = [part.step for part in changing if hasattr(part, "step")]
+        self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
+        self.requires = {name: frozenset(getattr(part, "requires", ())) for name, part in self.named.items()}
+        self.uses_closure = "closure" in self.requires["optimizer"] or requires_closure(plain)
+        self.rule_uses_closure = "closure" in self.requires["rule"]
+        self.preparation_seconds = time.process_time() - started
+        self.vector_for = next(
+            (_name(self.named[k]) for k, requires in self.requires.items() if "losses" in requires), None
+        )
+
+    def _rounds(self, seed: int) -> Iterator[Tensor | float]:
+        if self.recipe.rounds is None:
+            return Epochs(self.run.data.train, self.train_step, Stream(seed, "order"))
+        return self.recipe.rounds(self.model, self.run, self.losses)
+
+    def check(self) -> None:
+        """Compare what the parts need with what the first batch shows.
+
+        Raises:
+            UnmetRequirement: naming the part, what is missing and the line to change.
+        """
+        with Stream(0, "check").active():
+            batch = Batch(*next(iter(self.run.data.train)))
+        facts = Facts(self.model, self.run.data, batch)
+        for part in (*self.named.values(), self.run.data.train, *self.run.parts):
+            check_requirements(_name(part), getattr(part, "requires", ()), facts)
+
+    @property
+    def step(self) -> int:
+        return len(self.history.losses)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """One loss per example of a batch: forward pass and loss, checked. The `local_step` of outer loops."""
+        return self._forward(model, batch)[0]
+
+    def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        """The losses of a batch, and their mean."""
+        batch = self._placed(batch)
+        self.examples += batch.size
+        losses = self._evaluate(model, batch)
+        check_losses(losses, batch.size, required_by=self.vector_for)
+        mean = losses.detach().mean().item()
+        if not math.isfinite(mean):
+            raise NonFinite(self._diagnosis(batch, losses))
+        return losses, mean
+
+    def _placed(self, batch: Any) -> Batch:
+        return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
+
+    def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
+        if "indices" in self.requires["rule"]:
+            self.rule.indices = batch.indices
+        return self.loss(model(batch.x), batch.y, **self._asked(batch))
+
+    def _asked(self, batch: Batch) -> dict[str, Any]:
+        """What the loss needs to know of the examples beside their targets."""
+        requires, domains = self.requires["loss"], self.run.data.domains
+        asked = {"indices": batch.indices} if "indices" in requires else {}
+        if "domains" in requires and domains is not None and batch.indices is not None:
+            asked["domains"] = domains[batch.indices.cpu()]
+        return asked
+
+    def _backward(self, batch: Batch, scale: float) -> float:
+        """Have the rule fill ``.grad``, and return the batch's mean loss."""
+        losses, mean = self._forward(self.model, batch)
+        again = {"closure": lambda: self._evaluate(self.model, self._placed(batch))} if self.rule_uses_closure else {}
+        self.rule(losses, scale=scale, **again)
+        return mean
+
+    def gradient(self, batch: Batch) -> float:
+        """Fill ``.grad`` from one batch, in `accumulate` parts, and return its mean loss."""
+        self.optimizer.zero_grad()
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+        if self.accumulate == 1:
+            return self._backward(batch, scale)
+        shares = [(part, part.size / batch.size) for part in _parts(batch, self.accumulate)]
+        return sum(self._backward(part, scale * share) * share for part, share in shares)
+
+    def train_step(self, batch: Batch) -> float:
+        """One optimizer step; the mean loss it started from."""
+        if self.uses_closure:
+            means: list[float] = []
+
+            def closure() -> float:
+                means.append(self.gradient(batch))
+                return means[-1]
+
+            self.optimizer.step(closure)
+            return means[0]
+        mean = self.gradient(batch)
+        self.optimizer.step()
+        return mean
+
+    def advance(self) -> None:
+        """Do one step (or round), then step everything that changes over a training.
+
+        What has the training's length for its horizon is stepped once for every step of the budget that has passed:
+        the optimizer's, unless the batches change in size and the training loader counts them in batches of its own.
+        """
+        losses = next(self.rounds)
+        self.history.losses.append(losses if isinstance(losses, float) else losses.mean().item())
+        if hasattr(self.rule, "step"):
+            self.rule.step()
+        self._before, self.elapsed = self.elapsed, self._elapsed()
+        for _ in range(self.elapsed - self._before):
+            for step in self.steps:
+                step()
+
+    def _elapsed(self) -> int:
+        steps = getattr(self.run.data.train, "elapsed", self.step)
+        return steps if self.run.horizon is None else min(steps, self.run.horizon)
+
+    def passed(self, every: int) -> bool:
+        """Whether a multiple of so many steps of the budget has been reached since the step before."""
+        return self.elapsed // every > self._before // every
+
+    def finished(self) -> bool:
+        """Whether the budget is used up."""
+        horizon, seconds = self.run.horizon, self.recipe.budget.seconds
+        return (horizon is not None and self.elapsed >= horizon) or (
+            seconds is not None and self.stopwatch.read()[0] >= seconds
+        )
+
+    def evaluate(self, loader: Any) -> dict[str, float]:
+        """Held-out scores, in evaluation mode, with evaluation weights, on random numbers of their own."""
+        parts = (self.named["optimizer"], self.loss, self.rule, *self.run.parts)
+        with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, parts):
+            return score(self.model, loader, self.score, self.recipe.metric, self.device)
+
+    def record(self) -> dict[str, float]:
+        """Evaluate on the validation data and enter it into the history."""
+        seconds, cpu_seconds = self.stopwatch.read()
+        entry = {"step": self.step, "examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds}
+        entry |= self.evaluate(self.run.data.val)
+        self.history.evaluations.append(entry)
+        return entry
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"model": self.model, "train": self.run.data.train}  # before the rounds, which replay batches
+        parts |= {f"part{i}": part for i, part in enumerate(self.run.parts)}
+        parts |= {**self.named, "scheduler": self.scheduler}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds, cpu_seconds = self.stopwatch.read()
+        return {
+            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
+            "random": {
+                "default": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "parts": self.run.generator.get_state(),
+                "evaluation": self.evaluation_stream.state,
+            },
+            "history": asdict(self.history),
+            "cost": {"examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Any) -> None:
+        check_same_model(state["parts"]["model"], self.model.state_dict(), path)
+        parts = self._stateful()
+        if set(parts) != set(state["parts"]):
+            raise ValueError(
+                f"{path} is of another recipe: it holds {sorted(state['parts'])}, this one {sorted(parts)}"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.history, self.examples = History(**state["history"]), state["cost"].pop("examples")
+        self.elapsed = self._elapsed()
+        self.stopwatch = Stopwatch(**state["cost"])
+        self.run.generator.set_state(state["random"]["parts"])
+        self.evaluation_stream.state = state["random"]["evaluation"]
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+        torch.set_rng_state(state["random"]["default"])
+
+    def _diagnosis(self, batch: Batch, losses: Tensor) -> str:
+        bad = ~losses.detach().isfinite()
+        rows = bad.nonzero().flatten().tolist() if losses.ndim else list(range(batch.size))
+        examples = batch.indices[rows].tolist() if batch.indices is not None else rows
+        return (
+            f"the loss is not finite at step {self.step} for example{'s' if len(rows) > 1 else ''} "
+            f"{_shorten(examples)}{'' if batch.indices is not None else ' of the batch'}: {self._culprit(batch)}"
+        )
+
+    def _culprit(self, batch: Batch) -> str:
+        for name, value in (("inputs", batch.x), ("targets", batch.y)):
+            if isinstance(value, Tensor) and not value.isfinite().all():
+                return f"the {name} of this batch contain NaN or inf; clean the data"
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                return (
+                    f"parameter {name!r} is not finite, so an earlier gradient or step was not; lower the learning rate"
+                )
+        return (
+            "inputs, targets and parameters are finite, so it is the forward pass or the loss; lower the learning rate"
+        )
+
+
+def _name(part: Any) -> str:
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def _shorten(items: list[int], most: int = 8) -> str:
+    return f"{items[:most]}" + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def requires_closure(optimizer: Any) -> bool:
+    """Whether an optimizer's `step` cannot do without a closure, as `torch.optim.LBFGS`'s."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _parts(batch: Batch, count: int) -> Iterator[Batch]:
+    """Split a batch of tensors into at most `count` parts of nearly equal size."""
+    if not (isinstance(batch.x, Tensor) and isinstance(batch.y, Tensor)):
+        raise ValueError("gradient accumulation splits batches of tensors; x or y is no tensor")
+    sections = [t.tensor_split(min(count, batch.size)) if t is not None else None for t in batch]
+    return (Batch(*(s[i] if s is not None else None for s in sections)) for i in range(min(count, batch.size)))

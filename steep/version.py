@@ -1,0 +1,3 @@
+"""The version of steep, where every module can import it from."""
+
+__version__ = "0.1.0"
