@@ -48,9 +48,9 @@ def test_a_card_reads_its_hyper_parameters_and_summary_from_the_code():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"requires": {"gpu"}}, r"unknown needs \['gpu'\]"),
-        ({"changes": "kitchen"}, "not a room"),
-        ({"search_space": {"momentum": steep.uniform(0, 1)}}, r"space names \['momentum'\]"),
+        ({"requires": {"gpu"}}, r"unknown requirements \['gpu'\]"),
+        ({"changes": "kitchen"}, "must be one of"),
+        ({"search_space": {"momentum": steep.uniform(0, 1)}}, r"search_space has \['momentum'\]"),
     ],
 )
 def test_cards_that_contradict_themselves(changes, message):

@@ -295,16 +295,16 @@ def sine(generator):
 
 
 @functools.cache
-def final(method, seed):
+def final(ours, seed):
     recipe = steep.Recipe(
         data=sine,
         model=lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)),
         loss=lambda output, target: (output - target).square().squeeze(1),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR,
-        budget=steep.Budget(steps=150 if method else 450),  # a step costs about twice one of Adam's
+        budget=steep.Budget(steps=150 if ours else 450),  # a step costs about twice one of Adam's
     )
-    recipe = method(recipe) if method else recipe
+    recipe = method(recipe) if ours else recipe
     return steep.fit(recipe, seed=seed, progress=False).test["loss"]
 
 
