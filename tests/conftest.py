@@ -1,7 +1,8 @@
-"""Shared by all tests: one thread, and recipes small enough to run in milliseconds."""
+"""Shared by all tests: one thread, recipes small enough to run in milliseconds, and a budget of time that is reported."""
 
 import os
 import signal
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,6 +24,30 @@ def pytest_collection_modifyitems(items):
         chosen = getattr(getattr(item, "callspec", None), "params", {})
         if "compiled" in item.name or chosen.get("compile") is True:
             item.add_marker(pytest.mark.skip(reason="torch.compile needs a C++ compiler, and there is none"))
+
+
+BUDGETS = {"common checks of": 5, "": 10}  # seconds of a method's common checks, and of a file
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name what takes longer than its budget. Slow tests are made faster one by one, or one day all are slow."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds[_measured_as(report.nodeid)] += report.duration
+    over = [(s, name) for name, s in seconds.items() if s > BUDGETS["common checks of" if name[:6] == "common" else ""]]
+    if over:
+        terminalreporter.section(f"over budget: {BUDGETS['']} s a file, {BUDGETS['common checks of']} s a method's checks")
+        for s, name in sorted(over, reverse=True):
+            terminalreporter.write_line(f"{s:6.1f} s  {name}")
+
+
+def _measured_as(nodeid):
+    """The file, or the method whose common check it is."""
+    file, _, rest = nodeid.partition("::")
+    id = rest.partition("[")[2].partition("@")[0].rpartition("-")[0]
+    return f"common checks of {id}" if file == "tests/test_methods.py" else file
 
 
 @pytest.fixture(autouse=True)

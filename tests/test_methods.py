@@ -1,12 +1,13 @@
-"""The common checks, over every card there is."""
+"""The common checks, over every method."""
 
 import pytest
 
 import steep
 from steep.testing import checks
 
+# checks of one method share its runs, so they stay in one process
 ALL = [
-    pytest.param(check, id=f"{method.id}-{name}")
+    pytest.param(check, id=f"{method.id}-{name}", marks=pytest.mark.xdist_group(method.id))
     for method in steep.methods().values()
     for name, check in checks(method)
 ]

@@ -28,7 +28,7 @@ from steep.backward.wta_crs import (
 )
 from steep.batches import Batch
 from steep.loop.measure import saved_bytes
-from steep.testing.methods import start
+from steep.testing.methods import Subject
 
 UNBIASED = [e for e in ESTIMATORS if e != "top-k"]
 
@@ -535,7 +535,7 @@ def test_without_a_memory_indices_are_not_needed_nor_kept():
 
 
 def test_fit_and_other_hosts_tell_the_indices():
-    training = start(method)
+    training = Subject(method).start()
     for _ in range(8):
         training.advance()
     (site,) = (module.site for module in training.rule.layers.values())
