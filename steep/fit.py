@@ -94,7 +94,7 @@ def fit(
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate} must be at least 1")
     log = as_log(log)
-    hardware = accelerator(device, precision, log)
+    hardware = accelerator(device, precision, **(log.accelerate() if log else {}))
     with torch.random.fork_rng():
         torch.manual_seed(stream_seed(seed, "model"))
         memory = PeakMemory(hardware.device)

@@ -12,17 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from steep._discovery import files
+from steep.recipe import Recipe
 from steep.requires import REQUIREMENTS
 from steep.utils.validation import nearest
 from steep.ways import WAYS, sgd
-
-if TYPE_CHECKING:
-    from steep.recipe import Recipe
 
 PACKAGES = ("data", "models", "losses", "backward", "optim", "rounds", "sampling", "solvers", "probes", "systems")
 

@@ -1,4 +1,4 @@
-"""Cards, recipes, batches, streams, files and measures: the small pieces everything stands on."""
+"""Recipes, batches, streams, files and measures: the small pieces everything stands on."""
 
 import errno
 import os
@@ -15,121 +15,13 @@ import steep
 from steep.batches import Batch, count_examples
 from steep.loop.measure import Stopwatch
 from steep.loop.scoring import evaluating, score
-from steep.method import PACKAGES, Method, Paper, method, methods
 from steep.utils.files import write_atomic
 from steep.utils.randomness import Stream, stream_seed
-
-
-class Optimizer:
-    """A thing.
-
-    More.
-    """
-
-    def __init__(self, parameters, *, lr=0.1, name="x", flag=False):
-        pass
-
-
-def make_method(**changes):
-    values = {"id": "thing", "paper": Paper("A thing", arxiv="1234.56789"), "changes": "optim", "make": Optimizer}
-    return Method(**values | changes)
-
-
-# ---- cards
-
-
-def test_a_card_reads_its_hyper_parameters_and_summary_from_the_code():
-    c = make_method()
-    assert c.hyper == {"lr": 0.1, "name": "x", "flag": False}
-    assert c.summary == "A thing."
-    assert c.paper.link == "https://arxiv.org/abs/1234.56789"
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"requires": {"gpu"}}, r"unknown requirements \['gpu'\]"),
-        ({"changes": "kitchen"}, "must be one of"),
-        ({"search_space": {"momentum": steep.uniform(0, 1)}}, r"search_space has \['momentum'\]"),
-    ],
-)
-def test_cards_that_contradict_themselves(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_method(**changes)
-
-
-@pytest.mark.parametrize(
-    ("hyper", "message"),
-    [
-        ({"lrr": 1.0}, r"no hyper-parameter 'lrr'; did you mean 'lr'"),
-        ({"lr": "high"}, r"lr='high' must be of type float"),
-        ({"lr": True}, "lr=True must be of type float"),
-        ({"flag": 1}, "flag=1 must be of type bool"),
-        ({"name": 3}, "name=3 must be of type str"),
-    ],
-)
-def test_hyper_parameters_are_checked_before_anything_runs(regression, hyper, message):
-    plugged = make_method(apply=lambda recipe, **h: recipe)
-    plugged(regression, lr=1)
-    with pytest.raises(TypeError, match=message):
-        plugged(regression, **hyper)
-
-
-def test_a_card_without_a_plug_is_no_arm(regression):
-    with pytest.raises(TypeError, match="used on its own"):
-        make_method()(regression)
-
-
-def test_every_method_file_holds_a_card_of_its_name():
-    packages = [os.path.join(os.path.dirname(steep.__file__), package) for package in PACKAGES]
-    files = {
-        f[:-3]
-        for package in packages
-        if os.path.isdir(package)
-        for f in os.listdir(package)
-        if f.endswith(".py") and f[0] != "_"
-    }
-    assert files <= {id.replace("-", "_") for id in methods()}
-
-
-def test_unknown_methods_and_tasks_name_the_nearest():
-    with pytest.raises(steep.UnknownName, match="unknown method 'adabeleif'; did you mean 'adabelief'") as error:
-        method("adabeleif")
-    assert str(error.value).startswith("unknown method")  # not KeyError's quoted repr
-    with pytest.raises(steep.UnknownName, match="did you mean 'digits'"):
-        steep.task("digit")
-
-
-def test_applying_a_method_pins_the_score_to_the_recipes_own_loss(regression):
-    plugged = make_method(apply=lambda recipe, **h: recipe.replace(loss=lambda o, t: 0 * o.squeeze(-1) + 7))
-    result = steep.fit(plugged(regression), progress=False)
-    assert set(result.history.losses) == {7.0}
-    assert result.test["loss"] != 7.0
-
-
-def test_a_late_loss_still_scores_when_a_method_replaces_it(regression):
-    base = regression.replace(
-        loss=steep.deferred(lambda run: lambda o, t: (o.squeeze(-1) - t).square() * run.total_steps)
-    )
-    plugged = make_method(apply=lambda recipe, **h: recipe.replace(loss=regression.loss))
-    ours, plain = (steep.fit(r, progress=False) for r in (plugged(base), regression))
-    assert ours.history.losses == plain.history.losses
-    assert ours.test["loss"] == pytest.approx(20 * plain.test["loss"])
-
 
 # ---- recipes
 
 
-def test_compose_refuses_two_that_replace_the_same_noun(regression):
-    one = make_method(apply=lambda recipe, **h: recipe.replace(name=recipe.name + "1"))
-    two = make_method(id="other", apply=lambda recipe, **h: recipe.replace(name=recipe.name + "2"))
-    with pytest.raises(ValueError, match="'thing' and 'other' both replace the recipe's optim"):
-        steep.compose(regression, [(one, {}), (two, {})])
-    wrapping = make_method(id="other", wraps=True, apply=two.apply)
-    assert steep.compose(regression, [(one, {}), (wrapping, {})]).name == "regression12"
-
-
-def test_late_parts_see_the_run_and_are_stepped_and_saved(regression, tmp_path):
+def test_deferred_parts_see_the_run_and_are_stepped_and_saved(regression, tmp_path):
     class Counting:
         def __init__(self, total):
             self.total, self.count = total, 0

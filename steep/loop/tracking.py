@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
-if TYPE_CHECKING:
-    from steep.loop.training import Training
+from steep.loop.training import Training
 
 COST = ("step", "examples", "seconds", "cpu_seconds")  # of an evaluation; everything else in it is a score
 

@@ -20,7 +20,6 @@ from steep.loop.checkpoint import check_same_model
 from steep.loop.epochs import Epochs
 from steep.loop.measure import Stopwatch
 from steep.loop.scoring import evaluating, score
-from steep.loop.tracking import Log
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements
 from steep.utils.randomness import Stream, generator
@@ -42,14 +41,14 @@ class RunError(RuntimeError):
     """A training of a comparison raised; the message names the arm, the seed and the place."""
 
 
-def accelerator(device: str | None, precision: str, log: Log | None = None) -> Accelerator:
+def accelerator(device: str | None, precision: str, **trackers: Any) -> Accelerator:
     """Accelerate's view of this process; its state is reset, so that one process can run several precisions."""
     if precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"precision={precision!r} must be 'no', 'bf16' or 'fp16'")
     if device not in (None, "cpu"):
         raise ValueError(f"device={device!r} must be None (the accelerator, if there is one) or 'cpu'")
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = Accelerator(cpu=device == "cpu", mixed_precision=precision, **(log.accelerate() if log else {}))
+    found = Accelerator(cpu=device == "cpu", mixed_precision=precision, **trackers)
     if found.num_processes > 1:
         raise ValueError(f"fit runs in one process, not in {found.num_processes}: start it without a launcher")
     return found
