@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test test-data lint docs bench clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,9 @@ demo: .venv/ready  ## compare methods on real data: digits, and a photograph as 
 
 test: .venv/ready  ## all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+test-data: .venv/ready  ## the tests that read real data, from STEEP_DATA
+	$(BIN)/python -m pytest -q -n 2 tests/tasks tests/evidence/test_claims.py
 
 lint: .venv/ready  ## style and types
 	$(BIN)/ruff check .

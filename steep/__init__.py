@@ -1,4 +1,4 @@
-"""steep: the training methods of the literature, and the evidence whether they help on your model."""
+"""steep: published training methods for PyTorch, and statistics on whether they help on your model."""
 
 from typing import TYPE_CHECKING, Any
 

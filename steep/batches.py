@@ -98,6 +98,7 @@ def tensor_loader(x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool = Fals
         raise ValueError(f"batch_size={batch_size} must lie between 1 and the number of examples, {len(x)}")
     dataset = TensorDataset(x, y, torch.arange(len(x)))
     order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    # batch_size=None: the sampler gives whole index lists, and the dataset is indexed once a batch
     return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)
 
 
@@ -152,7 +153,7 @@ def dirichlet_clients(
         cuts = (weights.cumsum(0)[:-1] * len(members)).round().long()
         for share, part in zip(shares, members.tensor_split(cuts.tolist()), strict=True):
             share.extend(part.tolist())
-    for share in shares:
+    for share in shares:  # a client without data could not train, and small alpha makes such clients
         while len(share) < smallest:
             share.append(max(shares, key=len).pop())
     index = [torch.tensor(sorted(share)) for share in shares]

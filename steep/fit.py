@@ -25,7 +25,7 @@ EVALUATIONS = 25  # points on a curve, where the horizon is known
 
 @dataclass
 class Result:
-    """A finished training.
+    """A finished run.
 
     `steps` are of the budget: optimizer steps (``len(history.losses)``), unless a method changes the size of batches.
     `val` and `test` map "loss" and the metric's name to their final values. `seconds` and `cpu_seconds` are of
@@ -74,7 +74,7 @@ def fit(
         device: `None` for the accelerator where there is one, or "cpu".
         precision: "no", "bf16" or "fp16" (mixed precision through Accelerate).
         accumulate: forward and backward each batch in this many parts, to save memory.
-        evaluate_every: steps between evaluations; by default 25 evaluations over the training.
+        evaluate_every: steps between evaluations; by default 25 evaluations over the run.
         save_every: seconds between checkpoints, at least; by default one at every evaluation.
         progress: show a progress bar; by default on a terminal.
         log: "tensorboard", "wandb", "mlflow" or another of Accelerate's trackers; a `Log` also says where.

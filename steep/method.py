@@ -153,9 +153,10 @@ class Method:
         for name in hyper:
             if name not in self.hyper:
                 raise TypeError(f"{self.id!r} has no hyper-parameter {name!r}{nearest(name, self.hyper)}")
-            if wrong_type(hyper[name], self.hyper[name]):
+            if _wrong_type(hyper[name], self.hyper[name]):
                 kind = type(self.hyper[name]).__name__
                 raise TypeError(f"{self.id!r}: {name}={hyper[name]!r} must be of type {kind}, like its default")
+        # arms are compared by the loss the user wrote, whatever a method trains on
         recipe, hyper = recipe.replace(score=recipe.score or recipe.loss), {**self.preset, **hyper}
         if self.apply is not None:
             return self.apply(recipe, **hyper)
@@ -164,7 +165,7 @@ class Method:
         return WAYS[self.changes](recipe, self.make, **hyper)
 
 
-def wrong_type(value: Any, default: Any) -> bool:
+def _wrong_type(value: Any, default: Any) -> bool:
     """Whether a value cannot stand where `default` stands: no number for a number, no text for a text, ..."""
     if isinstance(default, bool):
         return not isinstance(value, bool)

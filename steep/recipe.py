@@ -1,4 +1,4 @@
-"""A training as a value: a frozen dataclass of factories, one for each noun."""
+"""A training run as a value: `Recipe`, a frozen dataclass with one factory per component."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train: the first limit that is reached ends the training.
+    """How long to train: the first limit that is reached ends the run.
 
     Args:
         epochs: passes over the training data (may be a fraction).
@@ -75,21 +75,21 @@ class Metric:
     higher_is_better: bool = True
 
 
-def accuracy_of(output: Tensor, target: Tensor) -> Tensor:
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
     """1 where the largest output is at the target class, else 0; shape (B,) (positions are averaged)."""
     hit = (output.argmax(-1) == target).float()
     return hit.flatten(1).mean(1) if hit.ndim > 1 else hit
 
 
-accuracy = Metric("accuracy", accuracy_of)
+accuracy = Metric("accuracy", _accuracy)
 
 
 @dataclass
 class Run:
-    """What is known only once a training has started; given to every `deferred` part.
+    """What is known only once a run has started; every `deferred` part of the recipe receives it.
 
-    A part that must be stepped and saved with the training is handed over with `attach`. `model` is there once it is
-    built, for losses that look at it.
+    Pass a part that must be stepped and saved with the run to `attach`. `model` is set once it is built, for losses
+    that look at it.
     """
 
     data: Data
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training, the horizon of every schedule.
+        """Optimizer steps of the whole run, the horizon of every schedule.
 
         Raises:
             ValueError: the budget is in seconds only.
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Epochs of the whole training, the last one perhaps incomplete."""
+        """Epochs of the whole run, the last one perhaps incomplete."""
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def attach(self, part: T) -> T:
@@ -123,7 +123,7 @@ class Run:
 
 
 class deferred:
-    """A recipe's `model`, `loss`, `score` or `backward` that is built when a training starts, from its `Run`.
+    """A recipe's `model`, `loss`, `score` or `backward` that is built when a run starts, from its `Run`.
 
     Example:
         >>> from torch import nn
@@ -137,7 +137,7 @@ class deferred:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training as a value. A method is a function from recipe to recipe.
+    """A training run as a value. A method is a function from recipe to recipe.
 
     Args:
         data: ``data(generator) -> Data``: the loaders of one random split.
@@ -188,6 +188,7 @@ class Recipe:
             return value.build(run)
         if part == "model":
             return value()
+        # a module may keep state (a memory, a running mean), which must not pass from one run to the next
         return copy.deepcopy(value) if isinstance(value, nn.Module) else value
 
 

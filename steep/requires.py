@@ -1,7 +1,7 @@
-"""What a method may need from a training, and the test and the way out for each.
+"""What a method may require of a training run, and for each requirement the test and the remedy.
 
-`requires` is declared on a method's class and on its card, and checked on the first batch, when the method
-is attached; the error names what is missing and the line to change.
+A method declares `requires` on its class or in its entry. It is checked on the first batch, and the error names what is
+missing and the line to change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from steep.batches import Batch, Data
 
 @dataclass(frozen=True)
 class Facts:
-    """The first batch of a training, as far as a need can depend on it."""
+    """The first batch of a run, as far as a requirement can depend on it."""
 
     model: nn.Module
     data: Data
@@ -34,7 +34,7 @@ class Requirement:
 
 
 class UnmetRequirement(TypeError):
-    """A method was attached to a training that lacks something it needs."""
+    """A method was attached to a run that lacks something it requires."""
 
 
 _BATCH_COUPLING = (nn.modules.batchnorm._BatchNorm,)

@@ -43,6 +43,7 @@ def _head(model: Any) -> nn.Module:
 def facts(make: Callable[..., Any], recipe: Recipe, run: Run) -> dict[str, Any]:
     """The arguments without a default of a method's constructor that are facts of a run."""
     parameters = inspect.signature(make).parameters.values()
+    # what has a default is a hyper-parameter, even under the name of a fact
     required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
     return {name: FACTS[name](recipe, run) for name in required if name in FACTS}
 

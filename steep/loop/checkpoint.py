@@ -1,4 +1,4 @@
-"""Exact resume: everything a training is made of, in one file that is whole or absent.
+"""Exact resume: everything a run is made of, in one file that is whole or absent.
 
 Files hold tensors and plain Python only and are read with ``weights_only=True``: nothing is unpickled.
 """

@@ -1,4 +1,4 @@
-"""What a running training shares with its terminal: a progress bar, and Ctrl-C."""
+"""The terminal of a run: its progress bar, and Ctrl-C."""
 
 from __future__ import annotations
 

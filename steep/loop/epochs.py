@@ -44,7 +44,7 @@ class Epochs:
                 self.batches = iter(self.loader)
             batch = next(self.batches, None)
         if batch is None:
-            if self.position == 0:
+            if self.position == 0:  # an endless recursion otherwise
                 raise ValueError(
                     "the training loader yields no batch: is batch_size larger than the data with drop_last?"
                 )
@@ -62,7 +62,7 @@ class Epochs:
         for generator, saved in zip(generators(self.loader), state["loader"], strict=True):
             generator.set_state(saved)
         self.start_epoch()
-        for _ in range(state["position"]):
+        for _ in range(state["position"]):  # a loader cannot be moved forward: what it draws on the way must be drawn
             self.next_batch()
 
 

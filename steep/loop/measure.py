@@ -1,4 +1,4 @@
-"""What a training costs: seconds (wall and CPU) of training proper, peak memory, and what autograd keeps."""
+"""What a run costs: seconds of training (wall and CPU), peak memory, and the bytes that autograd saves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Stopwatch:
 class PeakMemory:
     """Largest memory in use since construction, in bytes above what was in use then.
 
-    On CUDA it is torch's own count. On Linux it is the process's resident set, so trainings that share a
+    On CUDA it is torch's own count. On Linux it is the process's resident set, so runs that share a
     process must run one after the other. Elsewhere it is `None`.
     """
 

@@ -1,4 +1,4 @@
-"""When a running training is saved, and what it says when it stops early."""
+"""When a run is saved, and what the user reads when it stops early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steep.loop.training import Training
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the training stopped between two steps and left a checkpoint."""
+    """Ctrl-C: the run stopped between two steps and left a checkpoint."""
 
 
 class Saver:
@@ -31,7 +31,7 @@ class Saver:
             self.save()
 
     def stop(self) -> None:
-        self.path = self.path or Path("steep-interrupted.pt")
+        self.path = self.path or Path("steep-interrupted.pt")  # nobody loses a run to Ctrl-C for want of a path
         checkpoints.save(self.path, self.training.state_dict())
         again = f"fit(recipe, ..., checkpoint={str(self.path)!r})"
         raise Interrupted(f"stopped after step {self.training.step}; go on with {again}")

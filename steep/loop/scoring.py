@@ -19,6 +19,7 @@ from steep.recipe import Metric
 @contextmanager
 def evaluating(model: nn.Module, parts: Iterable[Any] = ()) -> Iterator[None]:
     """Evaluation mode and evaluation weights, no gradients; every module's own mode is restored."""
+    # module by module: some layers of a model in training mode may be in evaluation mode on purpose
     training = [module for module in model.modules() if module.training]
     with ExitStack() as stack, torch.no_grad():
         for part in parts:

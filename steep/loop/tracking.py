@@ -1,4 +1,4 @@
-"""Where a running training is logged: TensorBoard, Weights & Biases, MLflow and others, through Accelerate's trackers.
+"""Logs a run to a tracker: TensorBoard, Weights & Biases, MLflow and others, through Accelerate's trackers.
 
 Nothing is done between two evaluations: at each of them the losses of the steps since the last one are handed over.
 """
@@ -22,7 +22,7 @@ COST = ("step", "examples", "seconds", "cpu_seconds")  # of an evaluation; every
 
 @dataclass(frozen=True)
 class Log:
-    """Where, and under which name, a training is logged.
+    """Where, and under which name, a run is logged.
 
     Args:
         to: an Accelerate tracker's name ("tensorboard", "wandb", "mlflow", ...) or a `GeneralTracker` of your own.
@@ -75,7 +75,7 @@ def as_log(log: str | GeneralTracker | Log | None) -> Log | None:
 def logged(
     training: Training, log: Log | None, show: Callable[[dict[str, float]], None]
 ) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Log a training while inside; yields what is to be called with each evaluation instead of `show`."""
+    """Log a run while inside; yields what is to be called with each evaluation instead of `show`."""
     if log is None:
         yield show
         return

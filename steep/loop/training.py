@@ -38,7 +38,7 @@ class NonFinite(ArithmeticError):
 
 
 class RunError(RuntimeError):
-    """A training of a comparison raised; the message names the arm, the seed and the place."""
+    """A run of a comparison raised an error; the message names the arm, the seed and the place."""
 
 
 def accelerator(device: str | None, precision: str, **trackers: Any) -> Accelerator:
@@ -67,6 +67,7 @@ class Training:
         self.run = Run(
             data, seed, len(data.train), recipe.budget.total_steps(len(data.train)), generator(seed, "parts")
         )
+        # set before loss and rule are built, which may look at the model; unwrapped, so that they see its own layers
         self.run.model = model = recipe.build("model", self.run)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter to train (none at all, or all are frozen)")
@@ -76,6 +77,7 @@ class Training:
         self.score = recipe.build("score", self.run) or self.loss
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.build("backward", self.run)(self.model)
+        # after the model is on its device: optimizers make state beside the parameters they are given
         plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
         self.scheduler = recipe.scheduler(plain, self.run.total_steps) if recipe.scheduler else None
         # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
@@ -106,7 +108,7 @@ class Training:
         Raises:
             UnmetRequirement: naming the part, what is missing and the line to change.
         """
-        with Stream(0, "check").active():
+        with Stream(0, "check").active():  # or this one batch more would change the order of all others
             batch = Batch(*next(iter(self.run.data.train)))
         facts = Facts(self.model, self.run.data, batch)
         for part in (*self.named.values(), self.run.data.train, *self.run.parts):
@@ -126,7 +128,7 @@ class Training:
         self.examples += batch.size
         losses = self._evaluate(model, batch)
         check_losses(losses, batch.size, required_by=self.vector_for)
-        mean = losses.detach().mean().item()
+        mean = losses.detach().mean().item()  # waits for the device: the price of stopping before a bad step
         if not math.isfinite(mean):
             raise NonFinite(self._diagnosis(batch, losses))
         return losses, mean
@@ -179,9 +181,9 @@ class Training:
         return mean
 
     def advance(self) -> None:
-        """Do one step (or round), then step everything that changes over a training.
+        """Do one step (or round), then step everything that changes over a run.
 
-        What has the training's length for its horizon is stepped once for every step of the budget that has passed:
+        What has the run's length for its horizon is stepped once for every step of the budget that has passed:
         the optimizer's, unless the batches change in size and the training loader counts them in batches of its own.
         """
         losses = next(self.rounds)

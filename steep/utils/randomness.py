@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A seed for the stream `name` of the training `seed`; different names give unrelated streams."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+    """A seed for the stream `name` of the run `seed`; different names give unrelated streams."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")  # torch takes seeds below 2^63
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A generator at the start of stream `name` of the training `seed`."""
+    """A generator at the start of stream `name` of the run `seed`."""
     return torch.Generator().manual_seed(stream_seed(seed, name))
 
 
