@@ -1,4 +1,4 @@
-# Start with `make demo` or `make test`. Every target creates the environment it needs in .venv.
+# Start with `make demo` or `make test`. Both create the environment they need in .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
