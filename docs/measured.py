@@ -1,6 +1,6 @@
-"""The generated page of what was measured about steep itself: its statistics, its defaults and its costs.
+"""Generates the page of measurements of steep itself: its statistics, its defaults and its costs.
 
-Everything comes from `benchmarks/results`.
+All figures come from `benchmarks/results`.
 """
 
 import json
@@ -13,7 +13,7 @@ NOT_FIGURES = {"versions", "hardware"}
 
 
 def table(columns, rows):
-    """A Markdown table; bars inside cells do not end them."""
+    """A Markdown table, with the bars inside cells escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
 
@@ -44,22 +44,24 @@ def statistics(validity: dict) -> str:
         [
             f"Rates over {studies} simulated studies each, whose paired noise has the shapes and sizes of real runs. "
             f"The standard error of a rate of 5 % is {100 * (0.05 * 0.95 / studies) ** 0.5:.1f} points.",
-            "### False verdicts in a family of methods without effect\n\nAllowed: 5 %. Families of 1 to 10 methods.",
+            "### False verdicts in families of methods that have no effect\n\n"
+            "At most 5 % are allowed. Families of 1 to 10 methods.",
             crossed(validity["false verdicts"], "noise", "seeds", rates),
-            "### The same where a study may stop early\n\nLooks at a quarter, half and all of 16 pairs.",
+            "### False verdicts in studies that may stop early\n\n"
+            "Interim analyses after a quarter and half of 16 pairs.",
             crossed(validity["sequential"], "noise", "arms", rates),
-            f"### A/A controls of real studies\n\n{controls['count']} of {controls['of']} were judged different from "
-            "their own baseline.",
-            "### How often the 95 % interval holds the truth",
+            f"### A/A controls of real studies\n\n{controls['count']} of {controls['of']} controls were judged "
+            "different from their own baseline.",
+            "### How often the 95 % interval contains the true effect",
             crossed(validity["coverage"], "noise", "seeds", rates),
-            "### How often an effect of the promised size is found\n\nPromised: 80 %.",
+            "### How often the minimum detectable effect is found\n\nThe target is 80 %.",
             crossed(validity["power"], "seeds", "arms", rates),
         ]
     )
 
 
 def second_order(results: dict) -> str:
-    """Test loss over that of tuned Adam at equal CPU time."""
+    """Test loss relative to that of tuned Adam at equal CPU time."""
     problems = {name: budgets for name, budgets in results.items() if "float" in name}
     rows = [
         [name, arm, *(against(budgets[b].get(arm)) for b in ("T/9", "T/3", "T"))]
@@ -68,8 +70,9 @@ def second_order(results: dict) -> str:
     ]
     steps = results["steps of Adam at T"]
     head = (
-        "Test loss over that of tuned Adam with its schedule at equal CPU time, with 95 % intervals, over 8 paired "
-        f"seeds; T: {steps} steps of Adam. Of both methods the learning rate was tuned, with as many trials."
+        "Test loss relative to that of tuned Adam with a schedule, at equal CPU time, with 95 % intervals over 8 "
+        f"paired seeds. T is the time of {steps} steps of Adam. For both methods and for Adam, only the learning rate "
+        "was tuned, with the same number of trials."
     )
     return head + "\n\n" + table(["problem", "method", "T/9", "T/3", "T"], rows)
 
@@ -111,21 +114,21 @@ def shown(value: float) -> str:
 
 SPECIAL = {"validity": statistics, "second_order": second_order}
 TITLES = {
-    "validity": "Statistics, by simulation",
-    "second_order": "Levenberg-Marquardt with its defaults",
-    "compare": "A comparison's own cost",
-    "kills": "kill -9 at random moments over a running comparison",
-    "report": "The report",
-    "fit": "`fit` over a loop by hand",
+    "validity": "Statistics, measured on simulated studies",
+    "second_order": "Levenberg-Marquardt with its default settings",
+    "compare": "Cost of a comparison beyond its runs",
+    "kills": "Comparisons killed with kill -9 at random moments",
+    "report": "The HTML report",
+    "fit": "`fit`, relative to a hand-written loop",
     "sven": "The per-example engine and Sven",
-    "optim": "Optimizers over fused AdamW",
-    "m_fac": "M-FAC over fused AdamW",
+    "optim": "Optimizers, relative to fused AdamW",
+    "m_fac": "M-FAC, relative to fused AdamW",
 }
 
 
 def page(folder: Path = RESULTS) -> str:
-    """The page, of the benchmarks that were recorded."""
-    parts = ["# What was measured", "Ratios of one run on one machine each, as `make bench` records them."]
+    """The page, with a section for every recorded benchmark."""
+    parts = ["# Measurements", "Each section shows one run on one machine, as `make bench` records it."]
     for name, title in TITLES.items():
         path = folder / f"{name}.json"
         if path.exists():

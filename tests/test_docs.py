@@ -1,4 +1,4 @@
-"""The gallery runs, and the documents name what exists."""
+"""The gallery runs, and what the documents say and show is true of the code."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import steep
+from steep.ways import FACTS, WAYS
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,6 +44,12 @@ def test_the_readme_is_one_screen_and_names_real_methods_and_commands():
     makefile = (ROOT / "Makefile").read_text()
     assert {"demo", "test"} <= set(targets)
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_contributing_names_every_way_into_a_recipe_and_every_fact_of_a_run():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \| `make\(", text, re.MULTILINE) == list(WAYS)
+    assert set(re.findall(r"`(\w+)`", text.split("filled in by name:")[1].split("The other four")[0])) == set(FACTS)
 
 
 def test_dry_runs_of_the_makefile_name_existing_recipes():

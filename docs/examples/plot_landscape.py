@@ -1,10 +1,10 @@
 """
-The ground that a training walks on
-===================================
+The loss landscape around trained weights
+=========================================
 
-The loss of a small network on handwritten digits, seen around its trained weights: in the plane in which the training
-moved, in a random plane, and along the eigenvectors of the Hessian. Then the Hessian's whole spectrum, and how far the
-tangent kernel of the network moved.
+This example draws the loss of a small network on handwritten digits around its trained weights: in the plane of its
+training trajectory, in a random plane, and along two eigenvectors of the Hessian. It then estimates the whole spectrum
+of the Hessian, and measures how far the tangent kernel of the network moved during training.
 """
 
 import matplotlib.pyplot as plt
@@ -37,12 +37,12 @@ for step in range(600):
 
 
 def loss(model, part=train):
-    """One number per example, on fixed data: all that a landscape needs."""
+    """One number per example, on fixed data; a landscape needs nothing else."""
     return F.cross_entropy(model(x[part]), y[part], reduction="none")
 
 
 # %%
-# Three planes through the same weights (red). Random directions are filter-normalized.
+# Three planes through the same weights (red). The random directions are filter-normalized.
 walk = trajectory(snapshots)
 randomly = random_directions(model, torch.Generator().manual_seed(0))
 sharpest = top_eigenpairs(model, loss, torch.Generator().manual_seed(0), steps=40)
@@ -50,16 +50,16 @@ low, high = walk.points.min(0).values - 1, walk.points.max(0).values + 1
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 seen = landscape(model, loss, walk.directions, steps=21, span=list(zip(low.tolist(), high.tolist(), strict=True)))
 seen.draw(axes[0], points=walk.points)
-axes[0].set(title=f"where it walked ({walk.explained.sum():.0%} of squares)")
+axes[0].set(title=f"training trajectory ({walk.explained.sum():.0%} of squared distances)")
 landscape(model, loss, randomly, steps=21, span=2.0).draw(axes[1])
 axes[1].set(title="two random directions")
 landscape(model, loss, sharpest.directions, steps=21, span=4.0).draw(axes[2])
 axes[2].set(title="eigenvalues {:.2g} and {:.2g}".format(*sharpest.values))
 
 # %%
-# The spectrum on the training data and on data that the network was not trained on. The paper finds both criteria to
-# grow where the accuracy falls. Here r_e does at each step; K_h separates the test from the training data, but not the
-# noisy test from the clean one.
+# The spectrum on the training data, and on data that the network was not trained on. The paper finds that both criteria
+# grow where the accuracy falls. Here r_e grows from each set to the next; K_h separates the test data from the training
+# data, but not the noisy test data from the clean ones.
 figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
 noise = 0.5 * torch.randn(x[test].shape, generator=order)
 settings = {"train": (x[train], y[train]), "test": (x[test], y[test]), "test, noisy": (x[test] + noise, y[test])}
@@ -79,6 +79,6 @@ for name, (inputs, labels) in settings.items():
 axis.legend(frameon=False)
 
 # %%
-# A narrow network is far from the regime in which its kernel stays.
+# A narrow network is far from the regime in which its tangent kernel stays constant.
 drift = kernel_drift(kernel, empirical_ntk(model, x[:40], outputs="trace"))
 print(f"the kernel moved by {drift.distance:.1f} times its size, alignment {drift.alignment:.2f}")

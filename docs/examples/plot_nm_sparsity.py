@@ -1,16 +1,17 @@
 """
-Seven of eight weights fade away
-================================
+Train a network to 1:8 sparsity
+===============================
 
-N:M sparsity keeps N of every M weights. Decaying masks let the others fade during training instead of cutting them off.
-The method is attached to the model of a loop you have, stepped after the optimizer, and merged at the end.
+N:M sparsity keeps N of every M weights. Decaying masks let the other weights fade during training, instead of setting
+them to zero at once. The method is applied to the model before the loop, stepped after the optimizer, and merged into
+the weights at the end.
 """
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from steep.models.nm_gradient_flow import apply_nm_gradient_flow
+from steep.models import apply_nm_gradient_flow
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ for step in range(steps):
 handle.merge()
 
 # %%
-# The first layer's weights at the start, halfway and at the end: one in eight is left.
+# The first layer's weights at the start, halfway and at the end, where one in eight is left.
 figure, axes = plt.subplots(1, 3, figsize=(9, 4))
 for axis, (step, weight) in zip(axes, snapshots.items(), strict=True):
     axis.imshow(weight, cmap="Greys", vmin=0, vmax=0.4, aspect="auto")

@@ -1,9 +1,9 @@
 """
-Two lines of a loop: Sven on a function
-=======================================
+Fit a function with Sven
+========================
 
-Sven reads a batch's losses as a system of equations, "every residual should be zero", and takes the smallest step that
-solves its linearisation. In a loop it replaces ``loss.backward()``; everything else stays.
+Sven treats the losses of a batch as a system of equations, in which every residual should be zero, and takes the
+smallest step that solves the linearised system. In the loop it replaces ``loss.backward()``; nothing else changes.
 """
 
 import copy
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from steep.backward.sven import Sven
+from steep.backward import Sven
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def network():
 
 
 def train(model, optimizer, backward, steps=600):
-    """The same loop for both: only `backward` and the optimizer differ."""
+    """The same loop for both methods; only `backward` and the optimizer differ."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(1)
     losses = []
@@ -43,14 +43,15 @@ def train(model, optimizer, backward, steps=600):
 
 
 # %%
-# Adam takes the mean of the squares, Sven the residuals themselves.
+# Adam is given the gradient of the mean square. Sven is given the residuals themselves.
 start = network()
 first, second = copy.deepcopy(start), copy.deepcopy(start)
 adam = train(first, torch.optim.Adam(first.parameters(), lr=1e-2), lambda r: r.square().mean().backward())
 sven = train(second, torch.optim.SGD(second.parameters(), lr=0.5), Sven(second))
 
 # %%
-# One problem and one seed: a picture of how the two move, no evidence. For evidence there is ``steep compare``.
+# This is one problem with one seed. It illustrates how the two behave, and is no evidence that one is better; for
+# evidence, use ``steep compare``.
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
 for losses, name in ((adam, "Adam"), (sven, "Sven")):
     axes[0].semilogy(torch.tensor(losses).unfold(0, 20, 1).mean(1), label=name)
