@@ -279,7 +279,7 @@ def stages(layers: int) -> dict[str, slice]:
     """
     check_ranges({"layers": layers}, {"layers": "[3, inf)"})
     early, middle, _ = STAGES.get(layers, (layers // 3, layers - 2 * (layers // 3), layers // 3))
-    return {"early": slice(0, early), "middle": slice(early, early + middle), "deferred": slice(early + middle, layers)}
+    return {"early": slice(0, early), "middle": slice(early, early + middle), "late": slice(early + middle, layers)}
 
 
 # ---- language models

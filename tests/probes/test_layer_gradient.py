@@ -147,7 +147,7 @@ def test_stages_divide_the_depth(layers, sizes):
     parts = [numbers[part] for part in stages(layers).values()]
     assert tuple(map(len, parts)) == sizes
     assert torch.equal(torch.cat(parts), numbers)
-    assert list(stages(layers)) == ["early", "middle", "deferred"]
+    assert list(stages(layers)) == ["early", "middle", "late"]
 
 
 def test_examples_with_gradients_that_are_not_finite_count_in_no_curve(lm, examples):
