@@ -79,7 +79,7 @@ class Watch:
     def __init__(self, store: Path):
         self.runs, self.seen = store / "runs", Seen()
 
-    def analysis(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What is wrong: run files that changed, vanished or are not whole."""
         now = {path: _state(path) for path in self.runs.glob("*.json")} if self.runs.exists() else {}
         wrong = [f"{path.name} changed or vanished" for path, state in self.seen.items() if now.get(path) != state]
@@ -143,7 +143,7 @@ def killed_until_done(
                 whole = choice.random() < 0.5
                 if kill(process, whole, choice):
                     found["group" if whole else "worker"] += 1
-            found["wrong"] += watch.analysis()
+            found["wrong"] += watch.problems()
             if process.poll() == 0:
                 found["drafts"] = len(list(out.rglob("*.part")))
                 found["runs"] = len(watch.seen)

@@ -84,7 +84,7 @@ def arm(name: str, level: float, random: np.random.Generator, baseline: list[Run
     trials = [run(name, "tune", level * random.uniform(1, 3), 1000 + s, random) for s in range(TRIALS)]
     return ArmResult(
         name=name,
-        summary=f"What {name} changes, in one sentence of the usual length, from its card.",
+        summary=f"What {name} changes, in one sentence of the usual length, from its docstring.",
         paper="https://arxiv.org/abs/2010.07468",
         hyper=dict(trials[0].methods[0][1] if trials[0].methods else {"lr_scale": trials[0].lr_scale}),
         trials=trials,

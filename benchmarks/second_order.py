@@ -28,7 +28,7 @@ SHARES = {"T/9": 9, "T/3": 3, "T": 1}
 
 
 def in_float64(recipe: steep.Recipe) -> steep.Recipe:
-    """The same training in double precision."""
+    """The same recipe in double precision."""
 
     def data(generator: torch.Generator) -> steep.Data:
         made = recipe.data(generator)

@@ -7,9 +7,9 @@ as measured on digits (AdamW against SGD, validation loss). Per kind of noise an
 - false verdicts: studies without any effect in which at least one arm of the family "helps" or "hurts";
 - coverage: arms with a known effect whose 95 % interval contains it;
 - power: arms given exactly the minimum detectable effect that "help", the rest of the family null;
-- sequential: false verdicts of families that are looked at after 4, 8 and 16 pairs;
-- sequential power: an arm given the effect that the last look promises: how often it "helps", after how many pairs, how
-  often its interval contains the effect, and its estimate over the effect;
+- sequential: false verdicts of families that are analysed after 4, 8 and 16 pairs;
+- sequential power: an arm given the effect that the last analysis can detect: how often it "helps", after how many
+  pairs, how often its interval contains the effect, and its estimate over the effect;
 - beyond the assumption: false verdicts and coverage where means are equal but only the baseline's noise is skewed, so
   that "the method changes nothing" is false;
 - time to target: false verdicts over times of which one in five is censored.
@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from steep.evidence.runs.store import Store
 from steep.evidence.statistics import paired
 from steep.evidence.statistics import power as powers
-from steep.evidence.statistics.sequential import InterimAnalysis, followed, planned
+from steep.evidence.statistics.sequential import InterimAnalysis, planned_analyses, stopping_points
 from steep.evidence.study import Comparison
 
 Array = NDArray[np.float64]
@@ -88,9 +88,9 @@ def lopsided(rng: Rng, shape: tuple[int, int]) -> Array:
     return runs
 
 
-def recorded(rng: Rng, shape: tuple[int, int], *, pool: Sequence[float]) -> Array:
+def recorded(rng: Rng, shape: tuple[int, int], *, differences: Sequence[float]) -> Array:
     """As real runs had it."""
-    return rng.choice(pool, shape) * rng.choice([-1, 1], shape)
+    return rng.choice(differences, shape) * rng.choice([-1, 1], shape)
 
 
 NOISES = (gaussian, heavy_tailed, skewed, heteroscedastic, diverging, tied)
@@ -126,16 +126,16 @@ def false_verdicts(rng: Rng, name: str, noise: Noise, seeds: int, studies: int) 
 
 
 def sequential(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
-    """False verdicts of any arm at any look."""
-    analyses = planned(16, arms, sequential=True)
-    made = (looked(rng, noise, arms, analyses)[0] for _ in range(studies))
+    """False verdicts of any arm at any interim analysis."""
+    analyses = planned_analyses(16, arms, sequential=True)
+    made = (group_sequential(rng, noise, arms, analyses)[0] for _ in range(studies))
     return row(map(decided, made), noise=name, arms=arms)
 
 
-def looked(
+def group_sequential(
     rng: Rng, noise: Noise, arms: int, analyses: Sequence[InterimAnalysis], effect: float = 0
 ) -> tuple[dict[str, Comparison], dict[str, InterimAnalysis]]:
-    """Every arm at the look that ended it, and these looks; the first arm has the effect."""
+    """Every arm at the analysis that stopped it, and these analyses; the first arm has the effect."""
     split = SPLIT_SD * rng.standard_normal(analyses[-1].pairs)
     loss = split + noise(rng, (1 + arms, analyses[-1].pairs))
     loss[1] -= effect
@@ -148,21 +148,20 @@ def looked(
         found.update(paired.adjust(alone, arms))
         return found
 
-    ended = followed(analyses, [str(i) for i in range(arms)], judged)
-    return found, ended
+    return found, stopping_points(analyses, [str(i) for i in range(arms)], judged)
 
 
 def sequential_power(rng: Rng, name: str, noise: Noise, arms: int, studies: int) -> Row:
-    analyses = planned(16, arms, sequential=True)
+    analyses = planned_analyses(16, arms, sequential=True)
     effect = powers.minimum_detectable_effect(2**0.5, analyses[-1].pairs, analyses[-1].alpha / arms)
-    made = [looked(rng, noise, arms, analyses, effect) for _ in range(studies)]
+    made = [group_sequential(rng, noise, arms, analyses, effect) for _ in range(studies)]
     first = [found["0"] for found, _ in made]
     return row(
         (c.verdict == "helps" for c in first),
         noise=name,
         arms=arms,
         effect=effect,
-        pairs=float(np.mean([ended["0"].pairs for _, ended in made])),
+        pairs=float(np.mean([stopped_at["0"].pairs for _, stopped_at in made])),
         coverage=float(np.mean([c.low <= effect <= c.high for c in first])),
         estimate_over_effect=float(np.mean([c.estimate for c in first]) / effect),
     )
@@ -207,7 +206,7 @@ def controls(stores: Iterable[Path]) -> list[Row]:
     return found
 
 
-def pool_of(made: Sequence[Row]) -> list[float]:
+def scaled_differences(made: Sequence[Row]) -> list[float]:
     """Finite differences of all controls, each study's divided by their root mean square, halved as two runs' are."""
     scaled = [np.array([d for d in row["differences"] if np.isfinite(d)]) for row in made]
     parts = [d / np.sqrt(2 * np.mean(d**2)) for d in scaled if len(d) and np.any(d)]
@@ -218,8 +217,8 @@ def simulate(studies: int, seeds: Sequence[int], seed: int, made: Sequence[Row] 
     rng = np.random.default_rng(seed)
     started = time.process_time()
     noises: dict[str, Noise] = {noise.__name__: noise for noise in NOISES}
-    if pool := pool_of(made):
-        noises["recorded"] = partial(recorded, pool=pool)
+    if differences := scaled_differences(made):
+        noises["recorded"] = partial(recorded, differences=differences)
     judged = [c["verdict"] in paired.DECIDED for c in made if c["verdict"] != "too few seeds"]
     return {
         "false verdicts": [r for k, f in noises.items() for n in seeds for r in false_verdicts(rng, k, f, n, studies)],

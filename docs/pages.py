@@ -1,6 +1,6 @@
-"""The generated pages: one per method, and which method is for what. Nothing in them is typed by hand.
+"""The generated pages: one per method, and an overview of what they achieve. Nothing in them is written by hand.
 
-They are drawn from the cards, the claims, the ledger and `benchmarks/results`.
+They are made from the methods' entries, the claims, the ledger and `benchmarks/results`.
 """
 
 import inspect
@@ -51,7 +51,7 @@ def example(method):
 
 
 def hyper_table(method):
-    rows = [f"| `{n}` | `{v!r}` | {range_text(method.space.get(n)) or '–'} |" for n, v in method.hyper.items()]
+    rows = [f"| `{n}` | `{v!r}` | {range_text(method.search_space.get(n)) or '–'} |" for n, v in method.hyper.items()]
     return "\n".join(["| name | default | tuned over |", "|---|---|---|", *rows]) if rows else ""
 
 
@@ -79,7 +79,7 @@ def cost(method):
 
 
 def claim_section(claim, entry, state):
-    """The claim and what came of it; every verdict in the same frame, whatever it says."""
+    """The claim and its outcome; every verdict has the same frame, whatever it says."""
     verdict = entry.verdict if entry else "never run"
     if state == "stale":
         verdict += " (the code has changed since)"
@@ -101,13 +101,13 @@ def provenance(claim, entry):
     versions = ", ".join(f"{name} {version}" for name, version in entry.versions.items())
     hardware = ", ".join(f"{name}: {value}" for name, value in entry.hardware.items() if value)
     spent = f"{entry.cpu_seconds:.0f} CPU seconds"
-    text = f"Run on {entry.date[:10]} with {versions} ({hardware}; {spent}). Again: `steep claims {claim.id}`."
+    text = f"Run on {entry.date[:10]} with {versions} ({hardware}; {spent}). To repeat: `steep claims {claim.id}`."
     warnings = [w for note in entry.notes.values() if isinstance(note, dict) for w in note.get("warnings", ())]
     return "\n".join([text, *(f"- {warning}" for warning in dict.fromkeys(warnings))])
 
 
 def plot(entry, path):
-    """Per quantity a strip: a dot for each case, the interval, lines at no gain and at the claimed size."""
+    """A strip per quantity: a dot for each case, the interval, lines at no gain and at the claimed size."""
     figure, axes = plt.subplots(len(entry.quantities), 1, figsize=(7, 1.25 * len(entry.quantities)), squeeze=False)
     for axis, judged in zip(axes[:, 0], entry.quantities, strict=True):
         strip(axis, judged)
@@ -135,7 +135,7 @@ def strip(axis, judged):
 
 
 def ticks(axis, places, quantity):
-    """Label what matters: no gain, claimed size and the interval's ends, unless they lie on top of each other."""
+    """Label no gain, the claimed size and the interval's ends, unless the labels overlap."""
     kept: list[float] = []
     for place in places:
         x, *others = (share(axis, v) for v in (place, *kept))
@@ -165,7 +165,7 @@ def reference(method):
 
 
 def method_page(method, outcome=None):
-    """A page about one method, from its card and docstrings, and from its claim."""
+    """A page about one method, from its entry, its docstrings and its claim."""
     doc = inspect.getdoc(sys.modules[method.make.__module__]) or ""
     requires = "\n".join(f"- {steep.requires.REQUIREMENTS[n].what}" for n in sorted(method.requires))
     command = f"```console\n$ steep compare RECIPE --methods {method.id}\n```" if method.is_arm else ""
@@ -174,7 +174,7 @@ def method_page(method, outcome=None):
         "Formula": f"```text\n{method.formula}\n```" if method.formula else "",
         "Usage": "\n\n".join(part for part in (example(method), command) if part),
         "Hyper-parameters": hyper_table(method),
-        "Needs": requires,
+        "Requires": requires,
         "Cost": cost(method),
         "In detail": f"```text\n{doc}\n```",
         "Reference": f"```{{eval-rst}}\n{reference(method)}\n```",
@@ -185,17 +185,17 @@ def method_page(method, outcome=None):
 
 
 def which_page(found):
-    """Which method for what: by room, then by what came out, from the ledger alone."""
+    """Which method for what: by package, then by outcome, from the ledger alone."""
     head = (
-        "Measured at the small scale of each claim, against that claim's baseline; whether a method helps on your "
-        "training, `steep compare` tells. *Helps* and *hurts*: the exact 95 % interval excludes no gain."
+        "Measured at the small scale of each claim, against that claim's baseline. To see whether a method helps on "
+        "your model, use `steep compare`. *Helps* and *hurts* mean that the exact 95 % interval excludes zero gain."
     )
     parts = ["# Which method for what", head, "## By what it changes"]
     for package in PACKAGES:
         rows = [row for method in methods().values() if method.changes == package for row in rows_of(method, found)]
         if rows:
             parts += [f"### {package}", table(["method", "measured", "outcome", "gain [95 %]", "claim"], rows)]
-    parts.append("## By what came out")
+    parts.append("## By outcome")
     every = [row for method in methods().values() for row in rows_of(method, found)]
     for outcome in ("helps", "no evidence", "hurts", NOT_RUN):
         rows = [[method, what, gain] for method, what, result, gain, _ in every if result == outcome]
@@ -220,15 +220,18 @@ def interval(judged):
 def index_page():
     lines = ["# Methods", "What each changes in a training step. [Which method for what](which.md)"]
     for package in PACKAGES:
-        own = [c for c in methods().values() if c.changes == package]
+        own = [method for method in methods().values() if method.changes == package]
         if own:
-            lines += [f"## {package}", "\n".join(f"- [{c.id}]({c.id}.md): {c.summary}" for c in own)]
-    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(method for method in methods()) + "\n```")
+            lines += [
+                f"## {package}",
+                "\n".join(f"- [{method.id}]({method.id}.md): {method.summary}" for method in own),
+            ]
+    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(methods()) + "\n```")
     return "\n\n".join(lines) + "\n"
 
 
 def write_pages(folder):
-    """All pages and plots. Those of methods that are gone go too."""
+    """Write all pages and plots, and delete those of methods that no longer exist."""
     folder.mkdir(exist_ok=True)
     found = outcomes()
     pages = {f"{method.id}.md": method_page(method, found.get(method.id)) for method in methods().values()}

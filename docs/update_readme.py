@@ -1,5 +1,6 @@
 """Put the tables of finished comparisons into the README: ``python docs/update_readme.py out/digits out/photo``."""
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 def shown(directory: str) -> str:
     """A study as the terminal shows it, 100 columns wide, under the command that made it."""
     study = open_store(directory).study()
-    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(table.render(study))
     return f"$ {study.command}\n" + "\n".join(line.rstrip() for line in console.export_text().splitlines())
 

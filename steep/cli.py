@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Training methods of the literature, and whether they help on your model.",
+    help="Published training methods, and whether they help on your model.",
 )
 out = Console()
 
@@ -41,7 +41,7 @@ Recipe = Annotated[str, typer.Argument(help=RECIPE)]
 
 
 def _plainly(command: Callable[P, None]) -> Callable[P, None]:
-    """Have a command end on an expected error with one line and exit code 2, on Ctrl-C with 130."""
+    """End a command with one line and exit code 2 on an expected error, and with 130 on Ctrl-C."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -50,7 +50,7 @@ def _plainly(command: Callable[P, None]) -> Callable[P, None]:
         except steep.Interrupted as stop:
             _end(str(stop), 130)
         except KeyboardInterrupt:
-            _end("stopped; finished trainings are kept, and the same command goes on", 130)
+            _end("Stopped. Finished runs are kept; rerun the same command to resume.", 130)
         except (KeyError, ValueError, TypeError, OSError, ArithmeticError, RunError) as error:
             _end(f"steep: {error}", 2)
 
@@ -72,42 +72,42 @@ def list_(what: Annotated[str, typer.Argument(help="methods or tasks")] = "metho
     for column in ("id", "changes", "what it does") if what == "methods" else ("task", "what it is"):
         table.add_column(column, no_wrap=not column.startswith("what"))
     if what == "methods":
-        for c in steep.methods().values():
-            table.add_row(c.id, c.changes, c.summary)
+        for method in steep.methods().values():
+            table.add_row(method.id, method.changes, method.summary)
     else:
-        for t in tasks().values():
-            names = f" ({', '.join(t.variants)})" if t.variants else ""
-            table.add_row(t.name + (":NAME" if t.variants else ""), t.summary + names)
+        for task in tasks().values():
+            names = f" ({', '.join(task.variants)})" if task.variants else ""
+            table.add_row(task.name + (":NAME" if task.variants else ""), task.summary + names)
     out.print(table)
 
 
 @app.command()
 @_plainly
 def show(method: Annotated[str, typer.Argument(help="a method's id")]) -> None:
-    """Show a method: what it does, formula, hyper-parameters, what it needs, paper."""
-    c = steep.method(method)
-    out.print(f"[bold]{c.id}[/bold]  (changes: {c.changes})\n", highlight=False)
-    print(inspect.getdoc(sys.modules[c.make.__module__]) or c.summary, end="\n\n")
-    out.print(_hyper_table(c))
-    if c.requires:
-        out.print(
-            "\nneeds  " + "\n       ".join(steep.requires.REQUIREMENTS[n].what for n in sorted(c.requires)),
-            markup=False,
-        )
-    year = f" ({c.paper.year})" if c.paper.year else ""
-    out.print(f"\npaper  {c.paper.title}{year}\n       {c.paper.link or ''}", highlight=False, markup=False)
+    """Show a method: what it does, formula, hyper-parameters, requirements, paper."""
+    entry = steep.method(method)
+    out.print(f"[bold]{entry.id}[/bold]  (changes: {entry.changes})\n", highlight=False)
+    print(inspect.getdoc(sys.modules[entry.make.__module__]) or entry.summary, end="\n\n")
+    out.print(_hyper_table(entry))
+    if entry.requires:
+        what = [steep.requires.REQUIREMENTS[name].what for name in sorted(entry.requires)]
+        out.print("\nrequires  " + "\n          ".join(what), markup=False)
+    paper = entry.paper
+    year = f" ({paper.year})" if paper.year else ""
+    out.print(f"\npaper     {paper.title}{year}\n          {paper.link or ''}", highlight=False, markup=False)
 
 
-def _hyper_table(c: Method) -> Table:
+def _hyper_table(method: Method) -> Table:
     table = Table(box=None, header_style="bold")
     for column in ("hyper-parameter", "default", "tuned over"):
         table.add_column(column)
-    for name, default in c.hyper.items():
-        table.add_row(name, repr(default), range_text(c.search_space.get(name)))
+    for name, default in method.hyper.items():
+        table.add_row(name, repr(default), range_text(method.search_space.get(name)))
     return table
 
 
 def range_text(values: Range | Choice | None) -> str:
+    """A search range in words: "0.0001 to 0.1 (log)"."""
     if values is None:
         return ""
     if isinstance(values, Choice):
@@ -119,23 +119,27 @@ def range_text(values: Range | Choice | None) -> str:
 @_plainly
 def fit(
     recipe: Recipe,
-    method: Annotated[list[str] | None, typer.Option(help="a method's id; may be given again")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="a method's id; repeat the option to combine methods")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="hyper-parameter: name=value or id.name=value")
     ] = None,
     seed: int = 0,
-    split_seed: Annotated[int | None, typer.Option(help="of the data split; --seed unless given")] = None,
+    split_seed: Annotated[
+        int | None, typer.Option(help="seed of the data split; the same as --seed by default")
+    ] = None,
     epochs: float | None = None,
     steps: int | None = None,
     seconds: float | None = None,
     lr_scale: Annotated[float, typer.Option(help="factor on the learning rate of the recipe's own optimizer")] = 1.0,
-    checkpoint: Annotated[Path | None, typer.Option(help="file to go on from, and to save to")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="file to save to, and to resume from if it exists")] = None,
     device: Annotated[str | None, typer.Option(help="cpu; by default the accelerator, if there is one")] = None,
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16")] = "no",
-    accumulate: Annotated[int, typer.Option(help="parts to split each batch into, to save memory")] = 1,
-    threads: Annotated[int | None, typer.Option(help="of torch; runs of `steep compare` have 1")] = None,
+    accumulate: Annotated[int, typer.Option(help="number of parts to split each batch into, to save memory")] = 1,
+    threads: Annotated[int | None, typer.Option(help="threads of torch; the runs of `steep compare` use 1")] = None,
     log: Log = None,
-    json_: Annotated[bool, typer.Option("--json", help="print the result with all digits, as JSON")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="print the result as JSON, with all digits")] = False,
 ) -> None:
     """Train a recipe once, with or without methods."""
     from steep.evidence.runs.jobs import arm_recipe
@@ -200,31 +204,35 @@ def compare(
         list[str] | None, typer.Option("--methods", "-m", help="ids ('a+b' joins two), or 'all'")
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(help="further ids after --methods", show_default=False)] = None,
-    minutes: Annotated[float | None, typer.Option(help="plan trials and seeds to fit")] = None,
-    seeds: Annotated[int | None, typer.Option(help="paired confirmation seeds (8)")] = None,
-    trials: Annotated[int | None, typer.Option(help="tuning trials per arm (8)")] = None,
-    workers: Annotated[int | None, typer.Option(help="processes of one thread each (number of cores)")] = None,
+    minutes: Annotated[float | None, typer.Option(help="choose trials and seeds that fit into this time")] = None,
+    seeds: Annotated[int | None, typer.Option(help="paired confirmation seeds (default: 8)")] = None,
+    trials: Annotated[int | None, typer.Option(help="tuning trials per arm (default: 8)")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes of one thread each (default: one per core)")] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="look at a quarter, half and all of 16 seeds; decided arms stop")
+        bool, typer.Option("--sequential", help="analyse after a quarter, half and all of 16 seeds; decided arms stop")
     ] = False,
-    score: Annotated[str, typer.Option(help="what verdicts are about: loss, or the recipe's metric")] = "loss",
-    out_: Annotated[Path, typer.Option("--out", help="directory that keeps runs and report")] = Path("steep-compare"),
+    score: Annotated[
+        str, typer.Option(help="the score that verdicts are about: loss, or the recipe's metric")
+    ] = "loss",
+    out_: Annotated[Path, typer.Option("--out", help="directory for runs and report")] = Path("steep-compare"),
     log: Log = None,
     storage: Annotated[
         str | None,
-        typer.Option(help="share it among machines: postgresql://USER@HOST/DATABASE, or sqlite:///FILE on one"),
+        typer.Option(help="share the study among machines: postgresql://USER@HOST/DATABASE, or sqlite:///FILE on one"),
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="go on with the comparison that was started in this --out")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="resume the comparison that was started with this --out")] = None,
 ) -> None:
-    """Compare methods with a recipe: equal tuning, paired seeds, verdicts. Stopped, the same command goes on."""
+    """Compare methods with a recipe: equal tuning, paired seeds, verdicts.
+
+    You can stop at any time; rerun the same command to resume.
+    """
     from steep.evidence.compare import compare as run
-    from steep.evidence.report import table
+    from steep.evidence.report.sentences import sentences
+    from steep.evidence.report.table import render
     from steep.evidence.runs.shared import without_passwords
 
     if resume is not None:
-        return _go_on(resume)
+        return _resume(resume)
     if recipe is None or not methods:
         raise ValueError("give a recipe and --methods, or --resume DIR")
     ids = [*methods, *(more or [])]
@@ -242,14 +250,14 @@ def compare(
         log=log,
         storage=storage,
     )
-    out.print(table.render(study))
-    for sentence in table.sentences(study):
+    out.print(render(study))
+    for sentence in sentences(study):
         out.print(sentence, highlight=False, markup=False)
     print(f"report: {out_ / 'report.html'}")
 
 
-def _go_on(directory: Path) -> None:
-    """Run again what was typed to start a comparison."""
+def _resume(directory: Path) -> None:
+    """Run the command that started a comparison again."""
     from steep.evidence.runs.store import open_store
 
     command = open_store(directory).command()
@@ -263,12 +271,14 @@ def _go_on(directory: Path) -> None:
 def runs(
     directory: Annotated[Path, typer.Argument(help="the --out of a compare, finished or not")] = Path("steep-compare"),
     arm: Annotated[str | None, typer.Option(help="only this arm")] = None,
-    role: Annotated[str | None, typer.Option(help="only tune, confirm, twin, equal-time or equal-examples")] = None,
+    role: Annotated[
+        str | None, typer.Option(help="only tune, confirm, aa-control, equal-time or equal-examples")
+    ] = None,
     outcome: Annotated[str | None, typer.Option(help="only finished or diverged")] = None,
     seed: Annotated[int | None, typer.Option(help="only this seed")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="one JSON object a line, with everything")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object per line, with all fields")] = False,
 ) -> None:
-    """List the trainings that a comparison has made so far."""
+    """List the runs that a comparison has finished so far."""
     from steep.evidence.runs.store import open_store
 
     wanted = {k: v for k, v in {"arm": arm, "role": role, "outcome": outcome, "seed": seed}.items() if v is not None}
@@ -289,10 +299,8 @@ def _runs_table(records: Iterable[RunRecord]) -> Table:
         settings = [f"{id}.{k}={v:.4g}" for id, hyper in r.methods for k, v in hyper.items() if isinstance(v, float)]
         losses = [f"{scores['loss']:.4g}" if "loss" in scores else "–" for scores in (r.val, r.test)]
         scale = [f"lr_scale={r.lr_scale:.4g}"] if r.lr_scale != 1 else []
-        told = " ".join([*scale, *settings])
-        table.add_row(
-            r.arm, r.role, str(r.seed), told, r.outcome, str(r.steps), *losses, f"{r.cpu_seconds:.1f}", r.key[:8]
-        )
+        row = [r.arm, r.role, str(r.seed), " ".join([*scale, *settings]), r.outcome, str(r.steps), *losses]
+        table.add_row(*row, f"{r.cpu_seconds:.1f}", r.key[:8])
     return table
 
 
@@ -301,27 +309,28 @@ def _runs_table(records: Iterable[RunRecord]) -> Table:
 def claims(
     ids: Annotated[list[str] | None, typer.Argument(help="methods; all by default", show_default=False)] = None,
     folder: Annotated[Path, typer.Option("--claims", help="folder of claims")] = Path("claims"),
-    ledger: Annotated[Path | None, typer.Option(help="folder of their outcomes (ledger, beside --claims)")] = None,
-    out_: Annotated[Path, typer.Option("--out", help="folder that keeps runs, to go on from")] = Path("out/claims"),
-    smoke: Annotated[bool, typer.Option("--smoke", help="run each as small as possible, and keep nothing")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="show outcomes and whether the code has changed")] = False,
+    ledger: Annotated[
+        Path | None, typer.Option(help="folder of their outcomes (default: ledger, beside --claims)")
+    ] = None,
+    out_: Annotated[Path, typer.Option("--out", help="folder that keeps runs, to resume from")] = Path("out/claims"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="run each as small as possible and keep nothing")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="only show outcomes, and whether the code has changed")] = False,
     workers: Annotated[int, typer.Option(help="processes of one thread each")] = 1,
 ) -> None:
-    """Run papers' claims whose code has changed since they were last run, and show all verdicts."""
-    from steep.evidence.claims import ledger as book
+    """Run the claims that are new or whose code has changed, and show all verdicts."""
+    from steep.evidence.claims import ledger as entries
 
     place = ledger or folder.parent / "ledger"
-    chosen = book.choose(book.load_claims(folder), ids or [])
+    chosen = entries.choose(entries.load_claims(folder), ids or [])
     for claim, path in chosen:
         if smoke:
-            print(f"{claim.id}: {', '.join(book.smoke(claim)) or claim.reason}", flush=True)
-        elif not list_ and book.state(claim, path, book.read(place, claim.id)) != "current":
+            print(f"{claim.id}: {', '.join(entries.smoke(claim)) or claim.reason}", flush=True)
+        elif not list_ and entries.state(claim, path, entries.read(place, claim.id)) != "current":
             print(f"{claim.id}: running", file=sys.stderr, flush=True)
-            book.write(book.run(claim, path, out_, workers=workers), place)
+            entries.write(entries.run(claim, path, out_, workers=workers), place)
     if not smoke:
-        out.print(
-            _claims_table([(c, book.read(place, c.id), book.state(c, p, book.read(place, c.id))) for c, p in chosen])
-        )
+        found = [(claim, path, entries.read(place, claim.id)) for claim, path in chosen]
+        out.print(_claims_table([(claim, entry, entries.state(claim, path, entry)) for claim, path, entry in found]))
 
 
 @app.command()
@@ -329,15 +338,14 @@ def claims(
 def report(
     directory: Annotated[Path, typer.Argument(help="the --out of a finished compare")] = Path("steep-compare"),
 ) -> None:
-    """Print a finished comparison again, and write its report afresh."""
-    from steep.evidence.report import page as pages
-    from steep.evidence.report import table
+    """Print the table of a finished comparison again, and rewrite its report."""
+    from steep.evidence.report import page
+    from steep.evidence.report.table import render
     from steep.evidence.runs.store import open_store
 
-    store = open_store(directory)
-    study = store.study()
-    out.print(table.render(study))
-    print(f"report: {pages.write(study, directory)}")
+    study = open_store(directory).study()
+    out.print(render(study))
+    print(f"report: {page.write(study, directory)}")
 
 
 def _claims_table(rows: Iterable[tuple[Any, Any, str]]) -> Table:
@@ -350,8 +358,8 @@ def _claims_table(rows: Iterable[tuple[Any, Any, str]]) -> Table:
         table.add_row(
             claim.id, state, entry.verdict if entry else "", "" if entry and entry.quantities else claim.reason
         )
-        for j in entry.quantities if entry else ():
-            table.add_row("", "", j.verdict, f"{j.quantity.name}: {numbers(j)}")
+        for result in entry.quantities if entry else ():
+            table.add_row("", "", result.verdict, f"{result.quantity.name}: {numbers(result)}")
     return table
 
 

@@ -106,7 +106,7 @@ def test_compare_prints_table_verdicts_and_the_reports_path_and_report_prints_th
     options = ("--seeds", 2, "--trials", 1, "--workers", 1, "--out", out, "--log", "tensorboard")
     assert run(monkeypatch, "compare", recipe_file, "--methods", "adabelief", "sgdp", *options) == 0
     shown = capsys.readouterr()
-    assert "2 seeds give numbers, but no verdict" in shown.err
+    assert "2 seeds give numbers but no verdict" in shown.err
     assert "adabelief" in shown.out
     assert "report.html" in shown.out
     assert "--methods adabelief sgdp" in Store(out).study().command
@@ -183,7 +183,7 @@ def test_what_cannot_be_resumed_or_listed_is_told(monkeypatch, capsys, tmp_path)
     assert "no store at" in capsys.readouterr().err
     Store(tmp_path / "empty")
     assert run(monkeypatch, "compare", "--resume", tmp_path / "empty") == 2
-    assert "nothing to go on with" in capsys.readouterr().err
+    assert "nothing to resume" in capsys.readouterr().err
 
 
 def test_a_store_of_a_newer_version_is_refused_before_anything_is_written(monkeypatch, capsys, tmp_path):

@@ -1,4 +1,4 @@
-"""What a comparison found: runs, arms and the study they make up. Plain values; reports are drawn from them."""
+"""What a comparison found: runs, arms and the study they make up. Plain values, from which reports are rendered."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+BASELINE = "baseline"  # name of the arm that trains the recipe as it came
+CONTROL = "A/A"  # name of the arm that trains the baseline once more, as if it were a method
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One training, as stored in one JSON file.
+    """One training run, as stored in one JSON file.
 
     Args:
         key: content address: of recipe source, methods, hyper-parameters, seeds, budget and code.
         arm: name of the arm it was made for.
-        role: "tune", "confirm", "twin" (the A/A control), "equal-time" or "equal-examples".
+        role: "tune", "confirm", "aa-control", "equal-time" or "equal-examples".
         methods: ids (or function names) applied to the recipe, with their hyper-parameters.
         lr_scale: factor on the learning rate of a recipe's own optimizer.
-        outcome: "finished", "diverged" (a loss became NaN or infinite) or "failed" (with `message`).
-        preparation_seconds: CPU seconds before the first step, for data, model and what a method makes beforehand.
-        other_seconds: CPU seconds of evaluating and saving.
+        outcome: "finished", or "diverged" where a loss became NaN or infinite; `message` then says at which step.
+        preparation_seconds: CPU seconds before the first step: loading data, building the model, and whatever a method
+            prepares.
+        other_seconds: CPU seconds of evaluation and saving.
         curve: one entry per evaluation: step, examples, seconds, cpu_seconds, loss and the metric.
         val, test: final scores ("loss" and the metric's name); empty unless finished.
         digest: hash of every step's loss: equal digests are equal trajectories.
-        source, source_hash: the recipe's name, and the hash of its source, whose text the store keeps under that name.
+        source, source_hash: the recipe's name, and the hash of its source; the store keeps the source's text under it.
         picture: path of a PNG, relative to the store, for recipes that draw one.
     """
 
@@ -69,12 +73,12 @@ class Comparison:
         differences: one per pair of seeds, in the order of the seeds; infinite where one of a pair diverged.
         estimate, low, high: mean difference and its 95 % interval.
         p, p_holm: exact sign-flip test, and adjusted over the arms of the study.
-        mde: smallest difference that this many pairs would have shown in 4 of 5 studies.
-        won: pairs in which the arm was better.
+        mde: minimum detectable effect: the smallest difference that this many pairs would show in 4 of 5 studies.
+        won: number of pairs in which the arm was better.
         verdict: "helps", "hurts", "no evidence" or "too few seeds".
-        alpha: share of the 5 % that the look which ended the arm could spend (all of it, unless the study is
-            group-sequential). `p_holm` is scaled by it, so that 0.05 decides; the interval has level 1 - alpha, which
-            covers in 95 % of studies at least, whatever look ended them.
+        alpha: share of the 5 % that was available to the interim analysis at which the arm stopped (all of it, unless
+            the study is group-sequential). `p_holm` is scaled by it, so that 0.05 remains the threshold. The interval
+            has level 1 - alpha; over studies it covers the true difference in at least 95 %, whenever they stopped.
     """
 
     score: str
@@ -93,26 +97,26 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One way to train: what was tried in tuning, what was chosen, and the confirmation runs.
+    """What one arm gave: its tuning trials, the chosen setting, its confirmation runs, and how they compare.
 
     Args:
         name: "baseline", "adamw", a method's id, several joined by "+", or "A/A".
-        summary: one sentence on the method, from its card.
+        summary: the first paragraph of the method's docstring.
         paper: link, where there is one.
         hyper: chosen hyper-parameters ("lr_scale" among them where the recipe's own optimizer is kept).
         trials: tuning runs, the published defaults first.
-        runs: confirmation runs in the order of the seeds; those of the first seeds where a look ended the arm early.
-        equal_time: runs given as many steps as fit into the baseline's CPU seconds; empty where `runs` serve.
-        equal_examples: runs given as many steps as see the baseline's number of examples; empty where `runs` serve.
+        runs: confirmation runs in the order of the seeds; fewer of them where an interim analysis stopped the arm.
+        equal_time: runs with as many steps as fit into the baseline's CPU seconds; empty where `runs` already do.
+        equal_examples: runs with as many steps as see the baseline's number of examples; empty where `runs` already do.
         scores: by score name ("loss", the metric), against the baseline at equal steps; empty for the baseline.
         scores_at_equal_time: the same at equal time.
         scores_at_equal_examples: the same at equal examples.
         time_to_target: per seed, CPU seconds (preparation among them) until the validation loss reached the study's
             `target_loss`; None = never.
         steps_to_target: the same in steps.
-        to_target: "steps" and "seconds" to target against the baseline's by signed ranks, each a family of its own;
-            empty for baseline and control, and where there is no target.
-        did_nothing: the trajectory with default settings equals the unchanged recipe's bit for bit.
+        to_target: "steps" and "seconds" to target, compared with the baseline's by signed ranks; each is a family of
+            its own. Empty for the baseline and the control, and where there is no target.
+        did_nothing: with its default settings, the loss of every step equals the unchanged recipe's, bit for bit.
     """
 
     name: str
@@ -142,17 +146,17 @@ class Study:
         arms: the baseline first, then the others; the A/A control last.
         primary: the score that verdicts are about ("loss" unless asked otherwise).
         metrics: every score, mapped to whether higher is better.
-        seeds: confirmation seeds, as many as the arm with most of them had.
-        left_out: methods not run, with the reason.
-        target_loss: median final validation loss of the A/A control: the baseline on other seeds, so that no arm's own
-            runs set its target. None where half of them diverged.
+        seeds: confirmation seeds of the arm that had most of them.
+        left_out: methods that were not run, with the reason.
+        target_loss: median final validation loss of the A/A control. The control is the baseline on other seeds, so no
+            arm's own runs set its target. None where half of the control's runs diverged.
         target_picture: PNG path, relative to the store, for recipes that draw one.
         warnings: sentences the reader must see.
-        looks: for each planned look its "pairs", "alpha" (what it could spend of the 5 %; 0: it could decide nothing)
-            and "decided", the arms whose verdict it brought; the last entry with "made" ended the study. One look,
-            unless the study is group-sequential.
-        earlier: other numbers of pairs after which verdicts were read in this store before.
-        command: what to type to get this study again.
+        interim_analyses: for each planned analysis its "pairs", its "alpha" (share of the 5 % available to it; 0 where
+            it could decide nothing), "decided" (the arms it decided), and whether it was "made". One analysis, after
+            all pairs, unless the study is group-sequential.
+        earlier: other numbers of pairs after which verdicts of this store have been read before.
+        command: the shell command that makes this study.
     """
 
     recipe: str

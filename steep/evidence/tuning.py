@@ -1,4 +1,4 @@
-"""Equal tuning for every arm: the published defaults, then scrambled Sobol points over the arm's space."""
+"""Equal tuning for every arm: the published defaults, then scrambled Sobol points over its search space."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -23,8 +23,15 @@ FIRST_SEED = 1_000_000  # tuning seeds start here; confirmation never uses them
 EXTRA_SEEDS = 2  # on which the finalists are run again
 
 
-def distribution(values: Range | Choice) -> BaseDistribution:
-    """Optuna's name for a range."""
+class Tuned(NamedTuple):
+    """What tuning chose for an arm, and the trials it chose from."""
+
+    hyper: Mapping[str, Any]
+    trials: Sequence[RunRecord]
+
+
+def _distribution(values: Range | Choice) -> BaseDistribution:
+    """A range in Optuna's terms."""
     if isinstance(values, Choice):
         return CategoricalDistribution(values.options)
     if values.integer:
@@ -33,25 +40,25 @@ def distribution(values: Range | Choice) -> BaseDistribution:
 
 
 def proposals(arm: Arm, trials: int) -> list[dict[str, Any]]:
-    """What to try: the defaults first, then Sobol points. More trials begin with the same ones."""
+    """Settings to try: the defaults first, then Sobol points. A larger number of trials begins with the same ones."""
     if not arm.search_space:
         return [{}]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     seed = int.from_bytes(hashlib.sha256(arm.name.encode()).digest()[:4], "big")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=ExperimentalWarning)  # QMCSampler, since 2022
-        # in memory: a study on disk that was killed in the middle of a trial would go on with other ones
+        # in memory: a study on disk that was killed during a trial would propose other points when resumed
         study = optuna.create_study(sampler=QMCSampler(qmc_type="sobol", scramble=True, seed=seed))
     study.enqueue_trial(arm.defaults())
-    return [study.ask(distributions(arm)).params for _ in range(trials)]
+    return [study.ask(_distributions(arm)).params for _ in range(trials)]
 
 
-def distributions(arm: Arm) -> dict[str, BaseDistribution]:
-    return {name: distribution(values) for name, values in arm.search_space.items()}
+def _distributions(arm: Arm) -> dict[str, BaseDistribution]:
+    return {name: _distribution(values) for name, values in arm.search_space.items()}
 
 
 def keep(directory: Path, arm: Arm, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]) -> None:
-    """Add an arm's trials to its Optuna study in the store's SQLite file (a diverged one as failed)."""
+    """Record an arm's trials in its Optuna study, in the store's SQLite file; a diverged trial counts as failed."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage, name = f"sqlite:///{directory / 'optuna.db'}", f"{arm.name} {context}"
     study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
@@ -59,11 +66,11 @@ def keep(directory: Path, arm: Arm, context: str, tried: Sequence[dict[str, Any]
     for params, value in zip(tried[known:], costs[known:], strict=True):
         failed = not math.isfinite(value)
         state, values = (TrialState.FAIL, None) if failed else (TrialState.COMPLETE, [value])
-        study.add_trial(create_trial(params=params, distributions=distributions(arm), state=state, values=values))
+        study.add_trial(create_trial(params=params, distributions=_distributions(arm), state=state, values=values))
 
 
 def cost(record: RunRecord, score: str, higher_is_better: bool) -> float:
-    """What tuning minimises: the validation score, signed; infinite for a run that diverged."""
+    """What tuning minimises: the validation score, negated if higher is better; infinite for a diverged run."""
     value = record.val.get(score, math.nan)
     if not math.isfinite(value):
         return math.inf
@@ -71,14 +78,14 @@ def cost(record: RunRecord, score: str, higher_is_better: bool) -> float:
 
 
 def finalists(costs: Sequence[float], trials: int) -> list[int]:
-    """The quarter of the trials that is run on further seeds; none where one trial is a quarter."""
-    count = trials // 4
+    """Indices of the best quarter of the trials, which are run on further seeds; empty if a quarter is one trial."""
+    count = trials // 4  # a single finalist would win whatever its further seeds say
     order = sorted(range(len(costs)), key=lambda i: costs[i])
     return [i for i in order[:count] if math.isfinite(costs[i])] if count > 1 else []
 
 
 def by_trial(trials: Sequence[int], costs: Sequence[float]) -> dict[int, Sequence[float]]:
-    """Costs of the finalists on their further seeds, given seed by seed."""
+    """Costs of the finalists by trial, from costs that are listed seed by seed."""
     return {trial: costs[k :: len(trials)] for k, trial in enumerate(trials)}
 
 

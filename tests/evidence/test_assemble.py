@@ -1,17 +1,18 @@
-"""From runs to a study: targets, races to them, families over several looks, warnings. Runs are made up."""
+"""From runs to a study: targets, times to target, families over several analyses, warnings. Runs are made up."""
 
 import math
 from dataclasses import replace
 
 import pytest
 
-from steep.evidence.arms import BASELINE, Arm
-from steep.evidence.assemble import CONTROL, _reported, _wandered, assemble, compared, seconds_to, steps_to, target
+from steep.evidence.arms import Arm
+from steep.evidence.assemble import _changed_load, _early_verdicts, assemble, compared, seconds_to, steps_to, target
 from steep.evidence.statistics.paired import holm
 from steep.evidence.statistics.sequential import InterimAnalysis
-from steep.evidence.study import ArmResult, RunRecord, Study
+from steep.evidence.study import BASELINE, CONTROL, ArmResult, RunRecord, Study
+from steep.evidence.tuning import Tuned
 
-FINAL, EARLY, LATE = InterimAnalysis(8, 0.05), InterimAnalysis(8, 3 / 128), InterimAnalysis(16, 0.05 - 3 / 128)
+ONLY, HALF, LAST = InterimAnalysis(8, 0.05), InterimAnalysis(8, 3 / 128), InterimAnalysis(16, 0.05 - 3 / 128)
 
 
 def run(loss, *, reached=5, pace=0.1, preparation=0.0, seed=0, role="confirm"):
@@ -56,14 +57,12 @@ def test_times_are_those_of_the_first_evaluation_there_and_preparation_counts():
         assert to(0.5, run(1.0)) is to(None, run(1.0)) is to(1.0, DIVERGED) is None
 
 
-def assembled(found, equal=None, interim_analyses=None):
-    planned = [Arm(name) for name in found if name != CONTROL]
-    choices = {c.name: ({}, [run(7.0)]) for c in planned}
-    ended = dict.fromkeys([*found][1:], FINAL) | (interim_analyses or {})
-    arms = assemble(
-        planned, choices, found, {"equal-time": {}, "equal-examples": {}} | (equal or {}), {"loss": False}, ended
-    )
-    return {arm.name: arm for arm in arms}
+def assembled(found, equal=None, stopped_at=None):
+    arms = [Arm(name) for name in found if name != CONTROL]
+    tuned = {arm.name: Tuned({}, [run(7.0)]) for arm in arms}
+    stopped_at = dict.fromkeys([*found][1:], ONLY) | (stopped_at or {})
+    equal = {"equal-time": {}, "equal-examples": {}} | (equal or {})
+    return {arm.name: arm for arm in assemble(arms, tuned, found, equal, {"loss": False}, stopped_at)}
 
 
 def test_times_to_target_are_judged_by_ranks_as_a_family_for_each_unit():
@@ -90,7 +89,7 @@ def test_times_to_target_are_judged_by_ranks_as_a_family_for_each_unit():
     assert arms[BASELINE].to_target == arms[CONTROL].to_target == {}
 
 
-def test_without_a_target_nobody_races():
+def test_without_a_target_there_are_no_times_to_it():
     arms = assembled({BASELINE: runs(NOISE), "arm": runs(GAINS), CONTROL: [DIVERGED] * 8})
     assert arms["arm"].to_target == {}
     assert arms["arm"].time_to_target == [None] * 8
@@ -102,31 +101,29 @@ def test_the_baselines_own_runs_do_not_move_the_target():
     assert assembled(good)["arm"].time_to_target == assembled(bad)["arm"].time_to_target
 
 
-# Families, looks and equal budgets.
+# Families, interim analyses and equal budgets.
 
 
-def test_arms_are_paired_with_the_seeds_they_had_and_judged_at_their_look():
+def test_arms_are_paired_with_the_seeds_they_had_and_judged_at_their_analysis():
     found = {
         BASELINE: runs([0.0] * 16),
         "early": runs(GAINS),
-        "deferred": runs(NOISE * 2),
+        "late": runs(NOISE * 2),
         CONTROL: runs(NOISE[::-1] * 2),
     }
-    arms = assembled(found, interim_analyses={"early": EARLY, "deferred": LATE, CONTROL: LATE})
-    early, deferred, control = (arms[name].scores["loss"] for name in ("early", "deferred", CONTROL))
+    arms = assembled(found, stopped_at={"early": HALF, "late": LAST, CONTROL: LAST})
+    early, late, control = (arms[name].scores["loss"] for name in ("early", "late", CONTROL))
     assert early.differences == pytest.approx(GAINS)
     assert (early.verdict, early.alpha, early.p) == ("helps", 3 / 128, 1 / 128)
     assert early.p_holm == pytest.approx(2 * (1 / 128) * 0.05 / (3 / 128))  # Holm over both, scaled to the whole 5 %
-    assert len(deferred.differences) == 16
-    assert deferred.p_holm == pytest.approx(min(1, 2 * deferred.p * 0.05 / LATE.alpha))
-    assert control.p_holm == pytest.approx(min(1, control.p * 0.05 / LATE.alpha))  # the control is in no family
+    assert len(late.differences) == 16
+    assert late.p_holm == pytest.approx(min(1, 2 * late.p * 0.05 / LAST.alpha))
+    assert control.p_holm == pytest.approx(min(1, control.p * 0.05 / LAST.alpha))  # the control is in no family
 
 
-def test_interim_verdicts_count_the_arms_that_are_gone():
+def test_interim_verdicts_count_the_arms_that_have_stopped():
     pairs = {BASELINE: runs([0.0] * 8), "left": runs(GAINS)}
-    alone, of_three = (
-        compared(pairs, {"loss": False}, {"left": FINAL}, family)["left"]["loss"] for family in (None, 3)
-    )
+    alone, of_three = (compared(pairs, {"loss": False}, {"left": ONLY}, family)["left"]["loss"] for family in (None, 3))
     assert of_three.p_holm == 3 * alone.p_holm == 3 * alone.p
 
 
@@ -152,9 +149,9 @@ def loaded(ratio):
     return replace(run(1.0), seconds=ratio, cpu_seconds=1.0)
 
 
-def test_a_machine_whose_load_changed_is_reported():
+def test_a_machine_whose_load_changed_is_early_verdicts():
     wandering = ArmResult(BASELINE, runs=[loaded(1.0), loaded(1.2)], equal_time=[loaded(1.6)])
-    [sentence] = _wandered(a_study([wandering]))
+    [sentence] = _changed_load(a_study([wandering]))
     assert "from 1.00 to 1.60" in sentence
     assert "CPU seconds" in sentence
 
@@ -162,24 +159,24 @@ def test_a_machine_whose_load_changed_is_reported():
 def test_an_arm_that_waits_or_uses_threads_by_nature_is_no_change_of_load():
     assert (
         list(
-            _wandered(
+            _changed_load(
                 a_study([ArmResult(BASELINE, runs=[loaded(1.0)] * 3), ArmResult("waits", runs=[loaded(3.0)] * 3)])
             )
         )
         == []
     )
-    assert list(_wandered(a_study([ArmResult("lost", runs=[DIVERGED])]))) == []
+    assert list(_changed_load(a_study([ArmResult("lost", runs=[DIVERGED])]))) == []
 
 
-def test_early_stops_and_earlier_looks_are_told():
+def test_early_stops_and_earlier_verdicts_are_reported():
     analyses = [
         {"pairs": 8, "alpha": 0.02, "made": True, "decided": ["good"]},
         {"pairs": 16, "alpha": 0.03, "made": True, "decided": ["other"]},
     ]
-    [stop] = _reported(a_study(interim_analyses=analyses))
-    assert stop.startswith("Decided at the look at 8 of 16 pairs: good.")
-    assert "lean away from zero" in stop
-    [again] = _reported(a_study(earlier=[6, 8]))
-    assert "after 6, 8 pairs too" in again
+    [stop] = _early_verdicts(a_study(interim_analyses=analyses))
+    assert stop.startswith("Decided at the interim analysis after 8 of 16 pairs: good.")
+    assert "biased away from zero" in stop
+    [again] = _early_verdicts(a_study(earlier=[6, 8]))
+    assert "also read after 6, 8 pairs" in again
     assert "--sequential" in again
-    assert list(_reported(a_study())) == []
+    assert list(_early_verdicts(a_study())) == []

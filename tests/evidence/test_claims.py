@@ -16,27 +16,18 @@ FILES = sorted((ROOT / "claims").glob("*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_claim_runs_at_its_smallest(path, monkeypatch):
-    if path.stem == "efficienttrain":
-        pytest.importorskip("sklearn")
-        if not has_mnist():
-            pytest.skip("MNIST is not in STEEP_DATA")
     monkeypatch.chdir(ROOT)
     before = sorted((ROOT / "ledger").iterdir())
     claim, _ = ledger._load(path)
-    found = ledger.smoke(claim)
+    try:
+        found = ledger.smoke(claim)
+    except FileNotFoundError as absent:
+        if "STEEP_DATA" not in str(absent):  # what a task's loader says of real data that are not there
+            raise
+        pytest.skip(str(absent))
     assert set(found) == {q.name for q in claim.quantities if claim.experiment}
     assert all(len(pairs.cases) >= 1 for pairs in found.values())
     assert sorted((ROOT / "ledger").iterdir()) == before
-
-
-def has_mnist():
-    try:
-        steep.task("mnist10k").data(None)
-    except OSError:
-        return False
-    except Exception:
-        return True
-    return True
 
 
 def test_every_method_has_a_claim_of_its_name():

@@ -17,17 +17,16 @@ import pytest
 import torch
 
 import steep
-from steep.evidence import compare as module
 from steep.evidence import tuning
-from steep.evidence.arms import BASELINE, make_arm, make_arms, own_method
-from steep.evidence.planning import choose, plan_of, tuning_runs
+from steep.evidence.arms import make_arm, make_arms, own_method
+from steep.evidence.planning import announcement, choose, fixed_budget, plan_of, tuning_runs
 from steep.evidence.runs.dry_runs import DryRuns
-from steep.evidence.runs.jobs import Check, Job
+from steep.evidence.runs.jobs import DryRun, Job
 from steep.evidence.runs.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
 from steep.evidence.runs.store import Store, StoreError, open_store
 from steep.evidence.runs.workers import Workers
 from steep.evidence.statistics.power import minimum_detectable_effect
-from steep.evidence.study import RunRecord
+from steep.evidence.study import BASELINE, RunRecord
 from steep.loop.training import RunError
 from steep.method import Method, Paper
 
@@ -173,7 +172,7 @@ def twice(recipe):
     return recipe.replace(optimizer=lambda p: Twice(p, lr=0.01))
 
 
-def test_a_sequential_study_goes_on_where_it_was(recipe_file, tmp_path):
+def test_a_sequential_study_is_resumed_where_it_was(recipe_file, tmp_path):
     recipe, out = load_recipe(f"{recipe_file}:recipe"), tmp_path / "out"
     study = quick(recipe, [doubled_rate, nothing], out, sequential=True)
     assert [(analysis["pairs"], analysis["made"]) for analysis in study.interim_analyses] == [
@@ -221,15 +220,14 @@ def test_a_budget_in_seconds_stands_for_the_same_steps_when_the_study_goes_on(re
         (steep.Budget(steps=100), 100, 100),
     ],
 )
-def test_the_first_limit_of_a_budget_ends_it(regression, budget, total, steps):
-    comparison = module._Comparison(regression.replace(budget=budget), None, None, None, [])
-    assert comparison.fix_steps(Check(step_seconds=0.01, other_seconds=0.0, total_steps=total)) == steps
-    assert comparison.recipe.budget == steep.Budget(steps=steps)
+def test_the_first_limit_of_a_budget_ends_it(budget, total, steps):
+    dry_run = DryRun(step_seconds=0.01, other_seconds=0.0, total_steps=total)
+    assert fixed_budget(budget, dry_run) == (steps, steep.Budget(steps=steps))
 
 
-def test_preflights_are_kept_by_what_was_trained(tmp_path):
-    DryRuns(tmp_path, {"a": "key"}).add({"a": Check(0.1, 0.2, 3)})
-    assert DryRuns(tmp_path, {"b": "key", "c": "other"}).checks == {"b": Check(0.1, 0.2, 3)}
+def test_dry_runs_are_kept_by_what_was_trained(tmp_path):
+    DryRuns(tmp_path, {"a": "key"}).add({"a": DryRun(0.1, 0.2, 3)})
+    assert DryRuns(tmp_path, {"b": "key", "c": "other"}).known == {"b": DryRun(0.1, 0.2, 3)}
 
 
 def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
@@ -272,7 +270,7 @@ def test_ctrl_c_keeps_what_is_finished(recipe_file, tmp_path):
     process.send_signal(signal.SIGINT)
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "finished trainings are kept" in message
+    assert "Finished runs are kept" in message
     assert list(tmp_path.glob("out/runs/*.json"))
 
 
@@ -296,7 +294,7 @@ def test_methods_with_fixed_hyper_parameters_and_joined_methods():
     assert make_arm("ps-kd").search_space.keys() == {"alpha_T", "lr_scale"}
 
 
-def test_a_card_of_ones_own_is_an_arm_with_its_space():
+def test_a_method_of_ones_own_is_an_arm_with_its_space():
     def faster(recipe, *, rate=0.1):
         return recipe.replace(optimizer=lambda p: torch.optim.SGD(p, lr=rate))
 
@@ -504,27 +502,27 @@ def test_many_methods_get_more_seeds_because_fewer_could_show_nothing():
     assert 2 / 2**plan.seeds * 11 <= 0.05 < 2 / 2 ** (plan.seeds - 1) * 11
 
 
-def test_sequential_plans_have_more_seeds_and_say_when_they_look():
+def test_sequential_plans_have_more_seeds_and_say_when_verdicts_are_read():
     two = {"baseline": 1.0, "m": 1.0}
     plan = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None, sequential=True)
     assert [analysis.pairs for analysis in plan.interim_analyses] == [4, 8, 16]
     assert plan.effect == minimum_detectable_effect(1.0, 16, plan.interim_analyses[-1].alpha)
-    text = module._announcement(plan, [make_arm("adabelief")], {}, 2)
+    text = announcement(plan, ["adabelief"], {}, 2)
     assert "Verdicts are read after 8 pairs (2.3 %) and 16 pairs (2.7 %), 5 % in all" in text
     assert "4 pairs are too few to decide anything" in text
     fixed = choose(two, dict.fromkeys(two, True), 1, minutes=None, trials=None, seeds=None)
     assert [analysis.pairs for analysis in fixed.interim_analyses] == [8]
-    assert "Verdicts are read" not in module._announcement(fixed, [make_arm("adabelief")], {}, 2)
+    assert "Verdicts are read" not in announcement(fixed, ["adabelief"], {}, 2)
     assert choose(two, two, 1, minutes=None, trials=None, seeds=12, sequential=True).seeds == 12
 
 
 def test_plans_say_what_they_could_show():
     plan = plan_of({"baseline": 1.0, "m": 1.0}, {"baseline": True, "m": True}, 8, 8, 1)
     assert 1.0 < plan.effect < 1.5  # about 1.2 standard deviations at 8 pairs
-    text = module._announcement(plan, [make_arm("adabelief")], {"x": "why"}, 2)
+    text = announcement(plan, ["adabelief"], {"x": "why"}, 2)
     assert "standard deviations" in text
     assert "Left out: x: why" in text
-    assert "no verdict" in module._announcement(plan_of({"b": 1.0}, {"b": True}, 8, 3, 1), [], {}, 1)
+    assert "no verdict" in announcement(plan_of({"b": 1.0}, {"b": True}, 8, 3, 1), [], {}, 1)
 
 
 def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_path):
@@ -533,8 +531,8 @@ def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_pa
     dying = "    if not mark.exists():\n        mark.touch()\n        os.kill(os.getpid(), 9)\n"
     path.write_text(death + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
     jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
-    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as pool:
-        records = pool.run(jobs)
+    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as workers:
+        records = workers.run(jobs)
     assert [r.outcome for r in records] == ["finished", "finished"]
     assert [r.seed for r in records] == [0, 1]
     assert (tmp_path / "mortal.mark").exists()
@@ -546,13 +544,13 @@ def test_workers_killed_again_and_again_end_the_comparison_with_a_sentence(tmp_p
     dying = "    import os\n    os.kill(os.getpid(), 9)\n"
     path.write_text(RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
     with (
-        pytest.raises(RunError, match=r"ended a worker 2 times \(does the memory suffice for 1 trainings"),
-        Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool,
+        pytest.raises(RunError, match=r"killed a worker 2 times\. Is there enough memory for 1 runs"),
+        Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as workers,
     ):
-        pool.run([Job("baseline", "confirm", (), 0, 0, steep.Budget(steps=3))])
+        workers.run([Job("baseline", "confirm", (), 0, 0, steep.Budget(steps=3))])
 
 
-def test_a_training_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_path):
+def test_a_run_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_path):
     path = tmp_path / "picky.py"
     picky = "    if generator.initial_seed() == bad:\n        raise RuntimeError('no such luck')\n"
     bad = "from steep.utils.randomness import stream_seed\nbad = stream_seed(1, 'split')\n"
@@ -561,7 +559,7 @@ def test_a_training_that_raises_names_arm_seed_and_place_and_keeps_the_others(tm
     store = Store(tmp_path / "out")
     with (
         pytest.raises(RunError, match=r"baseline, seed 1: RuntimeError: no such luck \(.*picky\.py, line"),
-        Workers(from_name(f"{path}:recipe"), store, 1) as pool,
+        Workers(from_name(f"{path}:recipe"), store, 1) as workers,
     ):
-        pool.run(jobs)
+        workers.run(jobs)
     assert [r.seed for r in store.records()] == [0]

@@ -39,13 +39,13 @@ def test_the_watch_sees_a_run_made_again_lost_or_cut(kills, tmp_path):
     store, watch = Store(tmp_path), kills.Watch(tmp_path)
     store.put(record(key="a"))
     store.put(record(key="b"))
-    assert watch.analysis() == watch.analysis() == []
+    assert watch.problems() == watch.analysis() == []
     store.put(record(key="a"))  # the same content, written again
-    assert watch.analysis() == ["a.json changed or vanished"]
+    assert watch.problems() == ["a.json changed or vanished"]
     store.run_path("b").unlink()
-    assert watch.analysis() == ["b.json changed or vanished"]
+    assert watch.problems() == ["b.json changed or vanished"]
     store.run_path("c").write_text(json.dumps(record().to_json())[:50])
-    assert "c.json is not whole" in watch.analysis()
+    assert "c.json is not whole" in watch.problems()
 
 
 def test_only_measured_times_are_left_out_of_the_comparison(kills):
@@ -66,11 +66,11 @@ def test_drafts_of_a_killed_writer_are_cleared_when_a_comparison_starts(tmp_path
         assert [r.key for r in store.records()] == ["k"]
 
 
-def test_a_worker_killed_in_a_preflight_is_replaced(kills, tmp_path):
+def test_a_worker_killed_in_a_dry_run_is_replaced(kills, tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(kills.RECIPE)
-    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as pool:
+    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as workers:
         mark = str(tmp_path / "mark")
         die = f"open({mark!r}, 'w').close(), __import__('os').kill(__import__('os').getpid(), 9)"
         code = f"__import__('os').path.exists({mark!r}) or ({die})"
-        assert pool.apply(eval, [(code,)]) == [True]
+        assert workers.apply(eval, [(code,)]) == [True]

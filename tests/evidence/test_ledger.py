@@ -86,11 +86,11 @@ def test_a_change_of_the_claim_makes_it_stale(folder, old, new):
         ("backward/sven.py", True),  # the method
         ("per_example/engine.py", True),  # what it imports
         ("fit.py", True),  # the kernel
-        ("evidence/statistics.py", True),  # the protocol
-        ("evidence/claims.py", True),
+        ("evidence/statistics/paired.py", True),  # the protocol
+        ("evidence/claims/claim.py", True),
         ("optim/adabelief.py", False),  # another method
         ("cli.py", False),  # only shows
-        ("evidence/report.py", False),
+        ("evidence/report/page.py", False),
         ("tasks/digits.py", False),  # a task it does not name
     ],
 )
@@ -108,7 +108,7 @@ def test_tasks_and_methods_that_a_claim_names_belong_to_it(folder, monkeypatch):
     seen, real = set(), ledger.code_of
     monkeypatch.setattr(ledger, "code_of", lambda path, *rest: seen.add(path.name) or real(path, *rest))
     fingerprint(claim, path)
-    assert {"digits.py", "adabelief.py", "sven_regression.py", "foreach.py", "sven.py"} <= seen
+    assert {"digits.py", "adabelief.py", "sven_regression.py", "_foreach.py", "sven.py"} <= seen
     assert "ps_kd.py" not in seen
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import csv
 import gzip
 import io
@@ -21,9 +20,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from steep.evidence.report import figures, table
+from steep.evidence.report import axes, curves, figures, pictures, rows, wording
 from steep.evidence.report import page as report
+from steep.evidence.report.exports import csv as csv_of
+from steep.evidence.report.exports import markdown
 from steep.evidence.report.reproduce import command
+from steep.evidence.report.sentences import headline, sentences, statement
+from steep.evidence.report.table import cells
 from steep.evidence.statistics import paired
 from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 
@@ -151,8 +154,8 @@ def text_of(page: str) -> str:
 def test_page_opens_with_the_conclusion_in_words(usual: Study, page: str) -> None:
     text = text_of(page)
     assert "Of 4 methods, 1 helps, 1 hurts, 1 shows no evidence of a difference and 1 did nothing." in text
-    for arm in table.ranked(usual)[1:]:
-        said = table.said_of(arm, usual)
+    for arm in rows.ranked(usual)[1:]:
+        said = statement(arm, usual)
         assert said.finding in text.replace("&#39;", "'")
         assert said.support.lower() in text.lower()
     assert text.index("Of 4 methods") < text.index("How large is the difference?") < text.index("In numbers")
@@ -161,15 +164,18 @@ def test_page_opens_with_the_conclusion_in_words(usual: Study, page: str) -> Non
 def test_page_says_first_what_won_and_what_each_method_came_to(usual: Study, page: str) -> None:
     text = text_of(page)
     c = usual.arms[1].scores["loss"]
-    sure = f"(95 % interval {table.interval(c, False)})"
-    assert f"Most helped sven : test loss {table.worded(c, False)} {sure}, for 1× the CPU time, at equal steps;" in text
-    assert report.glance(usual) == [
-        ("helps", [("sven", table.compact(c, False).split(" [")[0])]),
-        ("hurts", [("wild", table.compact(usual.arms[2].scores["loss"], False).split(" [")[0])]),
-        ("no evidence", [("same", table.compact(usual.arms[3].scores["loss"], False).split(" [")[0])]),
+    sure = f"(95 % interval {wording.interval(c, False)})"
+    assert (
+        f"Most helpful: sven , test loss {wording.worded(c, False)} {sure}, for 1× the CPU time, at equal steps;"
+        in text
+    )
+    assert report._glance(usual) == [
+        ("helps", [("sven", wording.compact(c, False).split(" [")[0])]),
+        ("hurts", [("wild", wording.compact(usual.arms[2].scores["loss"], False).split(" [")[0])]),
+        ("no evidence", [("same", wording.compact(usual.arms[3].scores["loss"], False).split(" [")[0])]),
         ("did nothing", [("noop", "")]),
     ]
-    assert text.index("Most helped sven") < text.index("A/A control") < text.index("How large is the difference?")
+    assert text.index("Most helpful: sven") < text.index("A/A control") < text.index("How large is the difference?")
     assert 'class="helps"><dt class="badge">helps' in page
 
 
@@ -177,8 +183,8 @@ def test_glance_says_where_equal_time_or_examples_differ(rich: Study) -> None:
     study = make_study({"sven": {"level": 0.6}})
     timed = {"loss": replace(study.arms[1].scores["loss"], verdict="hurts")}
     study = replace(study, arms=[study.arms[0], replace(study.arms[1], scores_at_equal_time=timed), study.arms[2]])
-    assert report.glance(study)[0][1][0][1].endswith(" % (equal time: hurts)")
-    assert report.glance(rich)[0][1][0][1].endswith(" % (equal examples: hurts)")
+    assert report._glance(study)[0][1][0][1].endswith(" % (equal time: hurts)")
+    assert report._glance(rich)[0][1][0][1].endswith(" % (equal examples: hurts)")
 
 
 def test_a_control_that_is_not_null_raises_an_alarm(tmp_path: Path) -> None:
@@ -190,18 +196,18 @@ def test_a_control_that_is_not_null_raises_an_alarm(tmp_path: Path) -> None:
 
 
 def test_nothing_is_praised_where_nothing_helps() -> None:
-    assert report.best(make_study({"same": {}})) is None
-    assert report.best(make_study({"sven": {"level": 0.5}}, seeds=3)) is None
+    assert report._best(make_study({"same": {}})) is None
+    assert report._best(make_study({"sven": {"level": 0.5}}, seeds=3)) is None
 
 
 def test_each_row_has_its_command_and_what_it_gives(usual: Study, page: str) -> None:
     text = text_of(page)
     for arm in usual.arms:
         steps = command(arm.runs[0], "digits")
-        scores = ", ".join(f"test {name} {table.number(value)}" for name, value in arm.runs[0].test.items())
+        scores = ", ".join(f"test {name} {wording.number(value)}" for name, value in arm.runs[0].test.items())
         assert f"{arm.name} {scores} {steps}" in text
         timed = (arm.equal_time or arm.runs)[0]
-        scores = ", ".join(f"test {name} {table.number(value)}" for name, value in timed.test.items())
+        scores = ", ".join(f"test {name} {wording.number(value)}" for name, value in timed.test.items())
         assert not arm.equal_time or f" equal time, {scores} {command(timed, 'digits')}" in text
 
 
@@ -210,13 +216,13 @@ def test_recipe_made_in_memory_is_said_to_have_no_command(tmp_path: Path) -> Non
     text = text_of(report.html(study, tmp_path))
     assert "The recipe was made in memory" in text
     assert "digits (made in memory)" in text
-    assert "steep fit digits" not in text + report.markdown(study) + report.csv(study)
+    assert "steep fit digits" not in text + markdown(study) + csv_of(study)
 
 
 def test_page_shows_every_row_of_the_table(usual: Study, page: str) -> None:
     text = text_of(page)
     for arm in usual.arms:
-        assert " ".join(filter(None, table.cells(arm, usual).values())) in text
+        assert " ".join(filter(None, cells(arm, usual).values())) in text
 
 
 def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: str) -> None:
@@ -240,7 +246,7 @@ def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: st
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "headline"),
+    ("verdicts", "expected"),
     [
         ([], "No method was compared"),
         (["helps"], "m0 helps"),
@@ -249,10 +255,10 @@ def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: st
         (["too few seeds"], "m0 has too few seeds for a verdict"),
     ],
 )
-def test_headline_counts_verdicts(verdicts: list[str], headline: str) -> None:
+def test_headline_counts_verdicts(verdicts: list[str], expected: str) -> None:
     scored = compared([record("x", 0)], [record("baseline", 0)])["loss"]
     arms = [ArmResult(f"m{i}", scores={"loss": replace(scored, verdict=v)}) for i, v in enumerate(verdicts)]
-    assert report.headline(Study("r", "r", [ArmResult("baseline"), *arms], "loss", METRICS, [0])) == headline
+    assert headline(Study("r", "r", [ArmResult("baseline"), *arms], "loss", METRICS, [0])) == expected
 
 
 def test_chosen_trial_is_marked(page: str) -> None:
@@ -289,7 +295,7 @@ def test_names_and_texts_are_escaped(tmp_path: Path) -> None:
 
 
 def test_page_needs_no_network(page: str) -> None:
-    bare = page.replace(report.compressed_plotly(), "")
+    bare = page.replace(report._compressed_plotly(), "")
     links = re.findall(r'<a href="([^"]*)"', bare)
     inside = {link for link in links if link.startswith("#")}
     assert inside
@@ -311,9 +317,9 @@ def test_page_of_ten_methods_with_pictures_is_small(tmp_path: Path) -> None:
 
 
 def test_plotly_survives_compression() -> None:
-    script = gzip.decompress(base64.b64decode(report.compressed_plotly())).decode()
+    script = gzip.decompress(base64.b64decode(report._compressed_plotly())).decode()
     assert "Plotly" in script
-    assert re.fullmatch(r"[A-Za-z0-9+/=]+", report.compressed_plotly())
+    assert re.fullmatch(r"[A-Za-z0-9+/=]+", report._compressed_plotly())
 
 
 # Pictures -----------------------------------------------------------------------------------------------------------
@@ -327,21 +333,21 @@ def test_small_pictures_are_embedded_byte_for_byte(usual: Study, tmp_path: Path)
     path = draw(tmp_path)
     page = report.html(with_pictures(usual, path.name), tmp_path)
     assert list(embedded(page)) == [path.read_bytes()] * 7  # target, baseline, four methods, control
-    assert "Of every arm, the seed whose test loss is the median" in text_of(page)
+    assert "For every arm, the seed with the median test loss" in text_of(page)
 
 
 def test_large_pictures_are_made_smaller(tmp_path: Path) -> None:
     draw(tmp_path, (900, 300))
-    uri = report.picture(tmp_path, "drawn.png")
+    uri = pictures.picture(tmp_path, "drawn.png")
     assert uri is not None
     assert uri.startswith("data:image/webp;base64,")
     small = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
-    assert small.size == (report.PIXELS, report.PIXELS // 3)
+    assert small.size == (pictures.PIXELS, pictures.PIXELS // 3)
 
 
 def test_each_picture_comes_from_the_seed_with_the_median_loss(tmp_path: Path) -> None:
     study = with_pictures(make_study({"sven": {}}, seeds=7), draw(tmp_path).name)
-    for arm, run, _ in page.pictures(study, tmp_path):
+    for arm, run, _ in pictures.pictures(study, tmp_path):
         assert run.test["loss"] == np.median([r.test["loss"] for r in arm.runs])
 
 
@@ -358,45 +364,38 @@ def test_missing_or_damaged_pictures_are_said_to_be_missing(
 def test_pictures_outside_the_store_are_not_read(tmp_path: Path) -> None:
     draw(tmp_path)
     (tmp_path / "store").mkdir()
-    assert page.picture(tmp_path / "store", "../drawn.png") is None
-    assert page.picture(tmp_path, "drawn.png") is not None
+    assert pictures.picture(tmp_path / "store", "../drawn.png") is None
+    assert pictures.picture(tmp_path, "drawn.png") is not None
 
 
 # What some studies have more of -------------------------------------------------------------------------------------
 
 
-def having(thing: Any, **more: Any) -> Any:
-    """A copy with further attributes, whether or not its class knows them yet."""
-    control = copy.copy(thing)
-    for name, value in more.items():
-        object.__setattr__(control, name, value)
-    return control
-
-
 @pytest.fixture(scope="module")
 def rich() -> Study:
-    """A study with runs at equal examples, races to the target judged as a family, preparation, and two looks."""
+    """A study with runs at equal examples, times to target judged as a family, preparation, and two analyses."""
     study = make_study({"sven": {"level": 0.6}, "same": {}})
     base, sven, same, control = study.arms
-    race = paired.compare([1.0] * 8, [2.0] * 8, score="seconds to target", higher_is_better=False, relative=False)
+    faster = paired.compare([1.0] * 8, [2.0] * 8, score="seconds to target", higher_is_better=False, relative=False)
     examples = [record("sven", s, level=1.5) for s in range(8)]
-    sven = having(
-        replace(sven, runs=[having(run, preparation_seconds=1.25) for run in sven.runs]),
+    sven = replace(
+        sven,
+        runs=[replace(run, preparation_seconds=1.25) for run in sven.runs],
         equal_examples=[replace(run, role="equal-examples", key=f"{run.key}-e") for run in examples],
         scores_at_equal_examples=compared(examples, base.runs),
-        to_target={"seconds": replace(race, p_holm=0.123), "steps": replace(race, p_holm=0.045, won=7)},
+        to_target={"seconds": replace(faster, p_holm=0.123), "steps": replace(faster, p_holm=0.045, won=7)},
     )
     analyses = [{"pairs": 4, "made": True}, {"pairs": 8, "made": True}, {"pairs": 16, "made": False}]
-    return having(replace(study, arms=[base, sven, same, control]), interim_analyses=analyses)
+    return replace(study, arms=[base, sven, same, control], interim_analyses=analyses)
 
 
 def test_equal_examples_are_shown_where_they_take_other_runs(rich: Study, usual: Study) -> None:
-    assert [table.cells(arm, rich)["equal examples"] for arm in rich.arms] == ["", "hurts", "", ""]
-    assert "equal examples" not in table.cells(usual.arms[1], usual)
+    assert [cells(arm, rich)["equal examples"] for arm in rich.arms] == ["", "hurts", "", ""]
+    assert "equal examples" not in cells(usual.arms[1], usual)
     strips = {row["name"]: [strip["when"] for strip in row["strips"]] for row in figures.forest(rich)["rows"]}
     assert strips["sven"] == ["equal steps", "equal time", "equal examples"]
     assert strips["same"] == ["equal steps", "equal time"]
-    own = [run.curve[-1]["loss"] for run in dict(table.kinds(rich.arms[1]))["equal examples"]]
+    own = [run.curve[-1]["loss"] for run in dict(rows.kinds(rich.arms[1]))["equal examples"]]
     assert series(rich, "sven", x="examples")["mid"][-1] == pytest.approx(np.median(own), rel=1e-4)
 
 
@@ -407,7 +406,7 @@ def test_times_to_target_judged_as_a_family_are_taken_as_they_are(rich: Study, u
     assert figures.times_to_target(usual)["steps"] is False
 
 
-def test_arms_that_ended_early_race_on_their_own_seeds() -> None:
+def test_arms_that_stopped_early_are_timed_on_their_own_seeds() -> None:
     study = make_study({"sven": {}}, seeds=8)
     sven = replace(study.arms[1], time_to_target=[1.0, 1.5, None])
     rows = figures.times_to_target(replace(study, arms=[study.arms[0], sven]))["rows"]
@@ -415,10 +414,10 @@ def test_arms_that_ended_early_race_on_their_own_seeds() -> None:
 
 
 def test_page_shows_what_a_study_has_more_of(rich: Study, page: str, tmp_path: Path) -> None:
-    text, lines = text_of(report.html(rich, tmp_path)), report.csv(rich)
+    text, lines = text_of(report.html(rich, tmp_path)), csv_of(rich)
     for words in (
         "in fewer steps",
-        "after Holm’s adjustment over the methods",
+        "Holm-corrected across methods",
         "Verdicts were read after 4 and 8 pairs of seeds, of 16 planned",
         "preparation",
         "1.25",
@@ -450,7 +449,7 @@ def test_page_shows_what_a_study_has_more_of(rich: Study, page: str, tmp_path: P
 def test_incomplete_studies_have_a_report(study: Study, tmp_path: Path) -> None:
     path = report.write(study, tmp_path)
     page = path.read_text(encoding="utf-8")
-    assert report.headline(study) in text_of(page)
+    assert headline(study) in text_of(page)
     assert not re.search(r"\b(nan|None|Infinity|undefined%)\b", text_of(page))
     if study.arms and any(run.curve for run in study.arms[0].runs):
         assert curves_in(page)["arms"][0]["name"] == "baseline"
@@ -460,10 +459,12 @@ def test_one_seed_gives_numbers_without_a_verdict(tmp_path: Path) -> None:
     text = text_of(report.html(make_study({"sven": {"level": 0.5}}, seeds=1), tmp_path))
     assert "sven has too few seeds for a verdict" in text
     assert "Better in 1 of 1 seeds" in text
-    assert "1 fresh seed that share split, initialisation and data order with it. Verdicts are about" in text
+    assert (
+        "1 fresh seed, with the same split, initialisation and data order as the baseline. Verdicts are about" in text
+    )
 
 
-def test_page_stays_open_about_missing_control(tmp_path: Path) -> None:
+def test_a_missing_control_is_reported(tmp_path: Path) -> None:
     study = make_study({"sven": {}})
     study = replace(study, arms=study.arms[:-1])
     assert "There is no A/A control in this study" in text_of(report.html(study, tmp_path))
@@ -474,7 +475,7 @@ def test_page_stays_open_about_missing_control(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3e-4, 7e-4), (-97, 1234), (0.5, 0.51), (1e6, 3e6), (-2, -1)])
 def test_nice_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    ticks = figures.nice(low, high)
+    ticks = axes.nice(low, high)
     assert 2 <= len(ticks) <= 6
     assert low <= ticks[0]
     assert ticks[-1] <= high
@@ -486,14 +487,14 @@ def test_nice_ticks_are_few_round_and_inside(low: float, high: float) -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.9, 1.1), (0.3, 4), (1e-9, 1e9), (2, 300)])
 def test_logarithmic_ticks_are_few_and_inside(low: float, high: float) -> None:
-    ticks = figures.nice_log(low, high)
+    ticks = axes.nice_log(low, high)
     assert 2 <= len(ticks) <= 7
     assert low <= ticks[0]
     assert ticks[-1] <= high
 
 
 def test_axis_places_values_and_clips_those_beyond() -> None:
-    axis = figures.Axis(1, 100, log=True)
+    axis = axes.Axis(1, 100, log=True)
     assert [axis.at(v) for v in (0.1, 1, 10, 100, 1000, math.inf)] == [0, 0, 50, 100, 100, 100]
     assert [axis.beyond(v) for v in (0.1, 1, 100, math.inf)] == [-1, 0, 0, 1]
 
@@ -529,7 +530,7 @@ def test_forest_row_agrees_with_its_comparison(usual: Study) -> None:
     assert strip["ends"][0] < strip["mid"] < strip["ends"][1]
     assert len(strip["dots"]) == 8
     assert strip["verdict"] == "helps"
-    assert strip["unseen"] == [axis.at(-c.mde), axis.at(c.mde)]
+    assert strip["undetectable"] == [axis.at(-c.mde), axis.at(c.mde)]
 
 
 def test_far_worse_arms_end_in_arrows_and_do_not_squeeze_the_others() -> None:
@@ -581,7 +582,7 @@ def curves_in(page: str) -> dict[str, Any]:
 
 
 def series(study: Study, name: str, y: str = "loss", x: str = "step") -> dict[str, list[float]]:
-    return next(arm for arm in figures.curves(study)["arms"] if arm["name"] == name)["series"][y][x]
+    return next(arm for arm in curves.curves(study)["arms"] if arm["name"] == name)["series"][y][x]
 
 
 def test_curves_are_median_and_quartiles(usual: Study) -> None:
@@ -602,7 +603,7 @@ def test_diverged_runs_count_as_worst_in_curves(usual: Study) -> None:
 
 def test_seconds_show_the_runs_at_equal_time(usual: Study) -> None:
     drawn = series(usual, "sven", x="seconds")
-    assert len(drawn["x"]) == figures.POINTS
+    assert len(drawn["x"]) == curves.POINTS
     assert drawn["x"][-1] == pytest.approx(
         np.median([r.curve[-1]["seconds"] for r in usual.arms[1].equal_time]), rel=1e-4
     )
@@ -629,16 +630,16 @@ def test_losses_below_zero_have_neither_ratio_nor_logarithm() -> None:
     study = make_study({"sven": {}})
     below = [{**entry, "loss": -entry["loss"]} for entry in study.arms[0].runs[0].curve]
     runs = [replace(study.arms[0].runs[0], curve=below), *study.arms[0].runs[1:]]
-    drawn = figures.curves(replace(study, arms=[replace(study.arms[0], runs=runs), *study.arms[1:]]))
+    drawn = curves.curves(replace(study, arms=[replace(study.arms[0], runs=runs), *study.arms[1:]]))
     assert drawn["log"] is False
     assert "ratio" not in drawn["y"]
 
 
 def test_arms_differ_in_colour_or_dash() -> None:
     study = make_study({f"m{i}": {} for i in range(18)}, seeds=1)
-    analyses = figures.styles(study)
-    assert len({(analysis["colour"], analysis["dash"]) for analysis in analyses.values()}) == 20
-    assert sum(analysis["shown"] for analysis in analyses.values()) == 1 + figures.SHOWN
+    styles = curves.styles(study).values()
+    assert len({(style["colour"], style["dash"]) for style in styles}) == 20
+    assert sum(style["shown"] for style in styles) == 1 + curves.SHOWN
 
 
 # Markdown and CSV ---------------------------------------------------------------------------------------------------
@@ -650,9 +651,9 @@ def test_all_three_files_are_written(usual: Study, tmp_path: Path) -> None:
 
 
 def test_markdown_has_sentences_table_and_settings(usual: Study) -> None:
-    text = report.markdown(usual)
+    text = markdown(usual)
     assert text.startswith("# digits: Of 4 methods, 1 helps")
-    for sentence in table.sentences(usual):
+    for sentence in sentences(usual):
         assert f"- {sentence}" in text.replace("&lt;", "<")
     assert "| sven | lr=0.01, rank=8 |" in text
     assert "\n    steep compare digits --methods sven\n    steep fit digits --steps 500 --seed 0 --threads 1\n" in text
@@ -662,14 +663,14 @@ def test_markdown_has_sentences_table_and_settings(usual: Study) -> None:
 
 
 def test_markdown_escapes_names() -> None:
-    text = report.markdown(make_study({"a|b<script>\nnext": {}}, seeds=1))
+    text = markdown(make_study({"a|b<script>\nnext": {}}, seeds=1))
     assert "a\\|b&lt;script&gt; next" in text
     shown = [line for line in text.splitlines() if not line.startswith("    ")]  # what is indented is code
     assert "<script>" not in "\n".join(shown)
 
 
 def test_csv_holds_every_run(usual: Study) -> None:
-    rows = list(csv.DictReader(io.StringIO(report.csv(usual))))
+    rows = list(csv.DictReader(io.StringIO(csv_of(usual))))
     assert len(rows) == sum(len(a.trials) + len(a.runs) + len(a.equal_time) for a in usual.arms)
     sven = next(row for row in rows if row["arm"] == "sven" and row["key"] == "sven-3")
     assert float(sven["test_loss"]) == usual.arms[1].runs[3].test["loss"]
@@ -805,7 +806,12 @@ def test_browser_prints_the_table_and_unfolds_the_rest(browser: Any, page: str, 
     tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert tab.page.locator("details:not([open])").count() == tab.page.locator("details.screen").count() > 0
     assert all(row.is_visible() for row in tab.page.locator("#numbers tbody tr").all())
-    for words in ("It must come out null", "it needs val_batch", "lr=0.01, rank=8", "steep fit digits --method sven"):
+    for words in (
+        "It must show no difference",
+        "it needs val_batch",
+        "lr=0.01, rank=8",
+        "steep fit digits --method sven",
+    ):
         assert tab.page.get_by_text(words).first.is_visible(), words
     for hidden in ("nav", "details.screen", "#view button", "#bands"):
         assert not tab.page.locator(hidden).first.is_visible(), hidden

@@ -1,4 +1,4 @@
-"""Looks at some of the pairs: what they spend, whom they end, and that the protocol around them keeps its promises."""
+"""Interim analyses: what they spend, which arms they stop, and that the protocol around them keeps its promises."""
 
 import dataclasses
 import json
@@ -13,13 +13,13 @@ from torch import nn
 import steep
 from steep.evidence.runs.store import Store
 from steep.evidence.statistics.paired import adjust, compare
-from steep.evidence.statistics.sequential import InterimAnalysis, followed, planned
+from steep.evidence.statistics.sequential import InterimAnalysis, planned_analyses, stopping_points
 
 
 @pytest.mark.parametrize("methods", [1, 2, 3, 6, 10, 20])
 @pytest.mark.parametrize("pairs", [6, 8, 12, 16, 24, 32])
-def test_looks_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pairs, methods):
-    analyses = planned(pairs, methods, sequential=True)
+def test_analyses_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pairs, methods):
+    analyses = planned_analyses(pairs, methods, sequential=True)
     assert [analysis.pairs for analysis in analyses] == [pairs // 4, pairs // 2, pairs]
     assert sum(analysis.alpha for analysis in analyses) == pytest.approx(0.05)
     for analysis in analyses[:-1]:
@@ -29,17 +29,17 @@ def test_looks_never_spend_more_than_five_per_cent_and_only_what_they_can_use(pa
         assert analysis.alpha <= 0.05 * analysis.pairs / pairs
 
 
-def test_four_pairs_can_spend_nothing_and_one_look_spends_all():
-    assert planned(16, 1, sequential=True)[0] == InterimAnalysis(4, 0)
-    assert planned(16, 1, sequential=False) == [InterimAnalysis(16, 0.05)]
+def test_four_pairs_can_spend_nothing_and_a_single_analysis_spends_all():
+    assert planned_analyses(16, 1, sequential=True)[0] == InterimAnalysis(4, 0)
+    assert planned_analyses(16, 1, sequential=False) == [InterimAnalysis(16, 0.05)]
 
 
 def alphas(pairs, methods):
-    return [analysis.alpha for analysis in planned(pairs, methods, sequential=True)]
+    return [analysis.alpha for analysis in planned_analyses(pairs, methods, sequential=True)]
 
 
-def test_what_looks_at_4_8_and_16_pairs_spend_by_hand():
-    assert [analysis.pairs for analysis in planned(16, 1, sequential=True)] == [4, 8, 16]
+def test_what_analyses_of_4_8_and_16_pairs_spend_by_hand():
+    assert [analysis.pairs for analysis in planned_analyses(16, 1, sequential=True)] == [4, 8, 16]
     three = 3 / 128  # the p-values of 8 pairs are multiples of 1 / 128, and 0.025 holds three
     assert alphas(16, 1) == pytest.approx([0, three, 0.05 - three])
     assert alphas(16, 3) == pytest.approx([0, three, 0.05 - three])
@@ -63,14 +63,14 @@ def test_the_total_error_is_at_most_five_per_cent_exactly(heavy):
     _, half, whole = alphas(16, 1)
     early = np.repeat(sign_flip_levels(sizes[:8])[1] <= half, 256)
     signs, p = sign_flip_levels(sizes)
-    deferred = p <= whole
+    late = p <= whole
     assert np.mean(early) == 3 / 128
-    assert 0.035 < np.mean(early | deferred) <= 0.05
-    design = planned(16, 1, sequential=True)
-    for i in rng.choice(np.flatnonzero(early | deferred), 10).tolist() + rng.integers(0, len(signs), 10).tolist():
-        verdict, ended = one_arm(signs[i] * sizes, design)
-        assert (verdict in ("helps", "hurts")) == (early | deferred)[i]
-        assert ended.pairs == (8 if early[i] else 16)
+    assert 0.035 < np.mean(early | late) <= 0.05
+    design = planned_analyses(16, 1, sequential=True)
+    for i in rng.choice(np.flatnonzero(early | late), 10).tolist() + rng.integers(0, len(signs), 10).tolist():
+        verdict, stopped_at = one_arm(signs[i] * sizes, design)
+        assert (verdict in ("helps", "hurts")) == (early | late)[i]
+        assert stopped_at.pairs == (8 if early[i] else 16)
 
 
 def one_arm(d, design):
@@ -81,11 +81,12 @@ def one_arm(d, design):
         last.update(adjust({"arm": alone}))
         return last
 
-    return (lambda ended: (last["arm"].verdict, ended["arm"]))(followed(design, ["arm"], judged))
+    stopped_at = stopping_points(design, ["arm"], judged)
+    return last["arm"].verdict, stopped_at["arm"]
 
 
-def test_interval_of_a_look_excludes_zero_exactly_when_the_look_decides_and_covers_in_all():
-    rng, design, effect = np.random.default_rng(2), planned(16, 1, sequential=True), 1.2
+def test_the_interval_of_an_analysis_excludes_zero_exactly_when_it_decides_and_covers_over_all():
+    rng, design, effect = np.random.default_rng(2), planned_analyses(16, 1, sequential=True), 1.2
     covered = []
     for _ in range(400):
         d = rng.standard_normal(16) + effect
@@ -98,7 +99,7 @@ def test_interval_of_a_look_excludes_zero_exactly_when_the_look_decides_and_cove
     assert np.mean(covered) >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
-def test_an_arm_that_is_decided_is_not_looked_at_again():
+def test_an_arm_that_is_decided_is_not_analysed_again():
     analyses, asked = [InterimAnalysis(4, 0), InterimAnalysis(8, 0.02), InterimAnalysis(16, 0.03)], []
     clear, even = [1.0, 2.0, 1.5, 1.2, 0.9, 1.1, 1.3, 0.7] * 2, [1.0, -1.0] * 8
 
@@ -111,7 +112,7 @@ def test_an_arm_that_is_decided_is_not_looked_at_again():
         }
         return adjust(alone, 2)
 
-    assert followed(analyses, ["clear", "even"], judged) == {"clear": analyses[1], "even": analyses[2]}
+    assert stopping_points(analyses, ["clear", "even"], judged) == {"clear": analyses[1], "even": analyses[2]}
     assert asked == [(8, ["clear", "even"]), (16, ["even"])]
 
 
@@ -126,7 +127,7 @@ def test_nothing_is_made_once_all_are_decided():
             for name in going
         }
 
-    followed(analyses, ["a"], judged)
+    stopping_points(analyses, ["a"], judged)
     assert asked == [8]
 
 
@@ -181,17 +182,17 @@ def test_a_clear_method_stops_early_and_an_idle_one_goes_on(tmp_path):
     assert arms["same"].did_nothing
     early = next(analysis for analysis in study.interim_analyses if "fast" in analysis["decided"])
     assert early["pairs"] == made["fast"]
-    assert any("Decided at the look" in warning for warning in study.warnings)
+    assert any("Decided at the interim analysis" in warning for warning in study.warnings)
     assert math.isclose(sum(analysis["alpha"] for analysis in study.interim_analyses), 0.05)
     kept, made = (json.dumps(dataclasses.asdict(s)) for s in (Store(tmp_path).study(), study))
     assert kept == made
 
 
-def test_looking_again_with_more_seeds_is_told(tmp_path):
+def test_reading_verdicts_again_with_more_seeds_is_reported(tmp_path):
     def study(seeds):
         return steep.compare(recipe(), [fast], seeds=seeds, trials=1, workers=1, out=tmp_path, progress=False)
 
     assert study(6).earlier == []
     again = study(8)
     assert again.earlier == [6]
-    assert any("after 6 pairs too" in warning for warning in again.warnings)
+    assert any("also read after 6 pairs" in warning for warning in again.warnings)

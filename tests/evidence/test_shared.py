@@ -1,4 +1,4 @@
-"""Machines that share a study: trainings claimed once, records that count for all, the dead replaced, refusals."""
+"""Machines that share a study: runs claimed once, records that count for all, dead machines replaced, refusals."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ from steep.cli import app
 from steep.evidence.planning import agreed
 from steep.evidence.runs import shared as module
 from steep.evidence.runs.dry_runs import DryRuns
-from steep.evidence.runs.jobs import Check, Job
+from steep.evidence.runs.jobs import DryRun, Job
 from steep.evidence.runs.shared import alone, database, finished, join, without_passwords
 from steep.evidence.runs.source import from_name
 from steep.evidence.runs.store import Store, StoreError
@@ -87,8 +87,8 @@ def machine(recipe, out, url):
         )
 
 
-def trainings(url):
-    """The trainings in a shared study that counts: by key, the trials that finished."""
+def finished_trials(url):
+    """By key, the trials of a shared study that finished."""
     with connected(url) as studies:
         found = {}
         for trial in studies.study.get_trials():
@@ -124,7 +124,7 @@ def test_two_processes_share_a_file_and_end_with_the_same_records(kills, undistu
     assert [p.wait(150) for p in processes] == [0, 0], (tmp_path / "a.log").read_text()
     assert [kills.table(Store(tmp_path / name).study()) for name in ("a", "b")] == [expected, expected]
     assert runs(tmp_path / "a") == runs(tmp_path / "b")
-    done = trainings(url)
+    done = finished_trials(url)
     assert {f"{key}.json" for key in done} == set(runs(tmp_path / "a"))
     assert all(len(trials) == 1 for trials in done.values())
     checks = [(tmp_path / name / "dry_runs.json").read_text() for name in ("a", "b")]
@@ -138,11 +138,11 @@ def test_the_survivor_of_a_kill_ends_with_the_undisturbed_table(kills, undisturb
         time.sleep(0.05)
     os.killpg(victim.pid, signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
-    before = trainings(server)
+    before = finished_trials(server)
     assert before
     assert survivor.wait(150) == 0, (tmp_path / "b.log").read_text()
     assert kills.table(Store(tmp_path / "b").study()) == expected
-    after = trainings(server)
+    after = finished_trials(server)
     assert all(len(trials) == 1 for trials in after.values())
     assert len(after) > len(before)
     assert all(after[key] == trials for key, trials in before.items())  # also when they were finished
@@ -155,61 +155,61 @@ def url(request, tmp_path):
     return request.getfixturevalue("server") if request.param == "postgresql" else f"sqlite:///{tmp_path / 'shared.db'}"
 
 
-def test_racing_machines_claim_every_training_exactly_once(url):
+def test_racing_machines_claim_every_run_exactly_once(url):
     wanted, start = jobs(20), threading.Barrier(4)
 
     def claim_all(_):
         with join(url, "race") as shared:
             start.wait()
             mine = []
-            while claimed := shared.claim(shared.analysis(wanted), 2):
+            while claimed := shared.claim(shared.trials_of(wanted), 2):
                 mine += claimed
                 for key in claimed:
                     shared.finish(key, {"by": key}, 0.0)
             return mine
 
-    with ThreadPoolExecutor(4) as pool:
-        claimed = [key for mine in pool.map(claim_all, range(4)) for key in mine]
+    with ThreadPoolExecutor(4) as threads:
+        claimed = [key for mine in threads.map(claim_all, range(4)) for key in mine]
     assert sorted(claimed) == sorted(wanted)
     with join(url, "race") as shared:
-        assert dict(finished(shared.analysis(wanted))) == {key: {"by": key} for key in wanted}
+        assert dict(finished(shared.trials_of(wanted))) == {key: {"by": key} for key in wanted}
 
 
 def test_the_first_trial_that_has_not_failed_counts(tmp_path):
     url, wanted = f"sqlite:///{tmp_path / 'shared.db'}", jobs(1)
     with join(url, "s") as a, join(url, "s") as b:
-        a.analysis(wanted)
+        a.trials_of(wanted)
         b.study.add_trial(a.study.trials[0])  # as if both had enqueued it at once
         assert [t.state for t in a.study.trials] == [TrialState.WAITING] * 2
-        assert b.claim(b.analysis(wanted), 9) == ["key0"]
-        assert a.claim(a.analysis(wanted), 9) == []
+        assert b.claim(b.trials_of(wanted), 9) == ["key0"]
+        assert a.claim(a.trials_of(wanted), 9) == []
         assert [t.state for t in a.study.trials] == [TrialState.RUNNING, TrialState.WAITING]
         b.release()
-        assert a.analysis(wanted)["key0"].number == 1
-        assert a.claim(a.analysis(wanted), 9) == ["key0"]
+        assert a.trials_of(wanted)["key0"].number == 1
+        assert a.claim(a.trials_of(wanted), 9) == ["key0"]
 
 
-def test_a_silent_machine_loses_its_training_and_its_late_run_does_not_count(url, monkeypatch):
+def test_a_silent_machine_loses_its_run_and_its_late_record_does_not_count(url, monkeypatch):
     monkeypatch.setattr(module, "BEAT", 1000)
     wanted = jobs(1)
     with join(url, "silence") as silent:
-        assert silent.claim(silent.analysis(wanted), 1) == ["key0"]
+        assert silent.claim(silent.trials_of(wanted), 1) == ["key0"]
         monkeypatch.setattr(module, "BEAT", 1)
         monkeypatch.setattr(module, "GRACE", 1)
         with join(url, "silence") as other:
             deadline = time.monotonic() + 20
-            while not other.claim(other.analysis(wanted), 1):
+            while not other.claim(other.trials_of(wanted), 1):
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             time.sleep(2.5)  # longer than GRACE: a beating machine keeps what it has
-            assert other.analysis(wanted)["key0"].state == TrialState.RUNNING
+            assert other.trials_of(wanted)["key0"].state == TrialState.RUNNING
             silent.finish("key0", {"by": "silent"}, 0.0)
-            assert dict(finished(other.analysis(wanted))) == {}
+            assert dict(finished(other.trials_of(wanted))) == {}
             other.finish("key0", {"by": "other"}, 0.0)
-            assert dict(finished(silent.analysis(wanted))) == {"key0": {"by": "other"}}
+            assert dict(finished(silent.trials_of(wanted))) == {"key0": {"by": "other"}}
 
 
-def test_what_the_first_machine_says_counts_for_all(tmp_path):
+def test_what_the_first_machine_gives_counts_for_all(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     with join(url, "s") as a, join(url, "s") as b, join(url, "another study") as c:
         assert b.agree("steps", None) is None
@@ -224,11 +224,11 @@ def test_what_the_first_machine_says_counts_for_all(tmp_path):
 def test_machines_plan_alike_whatever_their_own_measurements_and_workers(tmp_path):
     with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as shared:
         quick = DryRuns(tmp_path / "a", {"baseline": "key"}, shared.agree)
-        quick.add({"baseline": Check(0.1, 0.2, 3)})
+        quick.add({"baseline": DryRun(0.1, 0.2, 3)})
         slow = DryRuns(tmp_path / "b", {"baseline": "key"}, shared.agree)
-        assert slow.checks == {"baseline": Check(0.1, 0.2, 3)}
-        slow.add({"baseline": Check(9.0, 9.0, 3)})
-        assert slow.checks == quick.checks
+        assert slow.known == {"baseline": DryRun(0.1, 0.2, 3)}
+        slow.add({"baseline": DryRun(9.0, 9.0, 3)})
+        assert slow.known == quick.known
         cost, tuned = {"baseline": 10.0, "adamw": 10.0}, {"baseline": True, "adamw": True}
         asked = {"minutes": 3.0, "trials": None, "seeds": None, "sequential": False}
         first = agreed(shared.agree, cost, tuned, 8, **asked)
@@ -263,31 +263,31 @@ def test_a_run_travels_with_its_picture(tmp_path):
 def test_runs_of_the_own_store_are_handed_over_and_others_are_taken_without_training(undisturbed, tmp_path):
     source, url = from_name(f"{undisturbed[0]}:recipe"), f"sqlite:///{tmp_path / 'shared.db'}"
     wanted, stores = list(jobs(3).values()), [Store(tmp_path / name) for name in ("a", "b")]
-    pools = [Workers(source, store, 2) for store in stores]  # not started: they cannot train
-    keys = [job.key(source, pools[0].code(job)) for job in wanted]
+    workers = [Workers(source, store, 2) for store in stores]  # not started: they cannot train
+    keys = [job.key(source, workers[0].code(job)) for job in wanted]
     for i, key in enumerate(keys):
         stores[0].put(record(key=key, seed=i, outcome="diverged"))
     stores[1].put(record(key=keys[1], seed=1, seconds=9.0))  # made apart, before they shared anything
-    with join(url, "s") as pools[0].shared, join(url, "s") as pools[1].shared:
-        assert [r.seed for r in pools[0].run(wanted)] == [0, 1, 2]
-        assert [r.outcome for r in pools[1].run(wanted)] == ["diverged"] * 3
-        assert [t.state for t in pools[0].shared.study.trials] == [TrialState.COMPLETE] * 3
+    with join(url, "s") as workers[0].shared, join(url, "s") as workers[1].shared:
+        assert [r.seed for r in workers[0].run(wanted)] == [0, 1, 2]
+        assert [r.outcome for r in workers[1].run(wanted)] == ["diverged"] * 3
+        assert [t.state for t in workers[0].shared.study.trials] == [TrialState.COMPLETE] * 3
     assert runs(stores[0].directory) == runs(stores[1].directory)
 
 
-def test_a_training_that_raises_is_given_back(undisturbed, tmp_path):
+def test_a_run_that_raises_is_given_back(undisturbed, tmp_path):
     class Broken:
         def submit(self, *_):
             future = Future()
             future.set_result(Failure("ValueError", "no such file", "x.py, line 1"))
             return future
 
-    pool = Workers(from_name(f"{undisturbed[0]}:recipe"), Store(tmp_path / "out"), 2)
-    pool.executor = Broken()
-    with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as pool.shared:
+    workers = Workers(from_name(f"{undisturbed[0]}:recipe"), Store(tmp_path / "out"), 2)
+    workers.executor = Broken()
+    with join(f"sqlite:///{tmp_path / 'shared.db'}", "s") as workers.shared:
         with pytest.raises(RunError, match="no such file"):
-            pool.run(list(jobs(3).values()))
-        states = [t.state for t in pool.shared.study.trials]
+            workers.run(list(jobs(3).values()))
+        states = [t.state for t in workers.shared.study.trials]
     assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.WAITING]
 
 
@@ -306,7 +306,7 @@ def test_a_training_that_raises_is_given_back(undisturbed, tmp_path):
         ),
     ],
 )
-def test_unusable_databases_are_refused_before_any_training(url, message, undisturbed, tmp_path):
+def test_unusable_databases_are_refused_before_anything_is_trained(url, message, undisturbed, tmp_path):
     assert message in refused(url, undisturbed, tmp_path)
 
 
@@ -351,9 +351,9 @@ def test_a_database_that_goes_away_is_named(tmp_path):
         with join(f"sqlite:///{path}", "s") as shared:
             shared.storage.engine.dispose()
             path.write_bytes(b"not a database" * 100)
-            shared.analysis(jobs(1))
+            shared.trials_of(jobs(1))
 
-    with pytest.raises(StoreError, match=r"lost the database sqlite.*the same command goes on"):
+    with pytest.raises(StoreError, match=r"lost the database sqlite.*rerun the same command to resume"):
         work()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steep.evidence.report import table
+from steep.evidence.report import rows, sentences, table, wording
 from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 
 METRICS = {"loss": False, "accuracy": True}
@@ -101,65 +101,65 @@ UNCLEAR = compared(lower(3), higher(5), lower(12), won=5, p_holm=0.4)
 def test_differences_read_as_changes_of_the_score(
     c: Comparison, higher_is_better: bool, words: str, bounds: str, short: str
 ) -> None:
-    assert table.worded(c, higher_is_better) == words
-    assert table.interval(c, higher_is_better) == bounds
-    assert table.compact(c, higher_is_better) == short
+    assert wording.worded(c, higher_is_better) == words
+    assert wording.interval(c, higher_is_better) == bounds
+    assert wording.compact(c, higher_is_better) == short
 
 
 def test_too_few_pairs_show_no_interval() -> None:
     c = compared(lower(41), -math.inf, math.inf, "too few seeds")
-    assert table.compact(c, False) == "−41 %"
-    assert table.compact(compared(math.nan, -math.inf, math.inf), False) == "undefined"
+    assert wording.compact(c, False) == "−41 %"
+    assert wording.compact(compared(math.nan, -math.inf, math.inf), False) == "undefined"
 
 
 def test_percentages_keep_the_digits_that_matter() -> None:
-    found = [table.worded(compared(lower(p), 0, 1), False) for p in (0.04, 0.4, 5.23, 9.97, 41.2)]
+    found = [wording.worded(compared(lower(p), 0, 1), False) for p in (0.04, 0.4, 5.23, 9.97, 41.2)]
     assert found == ["0.04 % lower", "0.4 % lower", "5.2 % lower", "10 % lower", "41 % lower"]
 
 
-def test_what_would_have_been_seen_is_an_improvement() -> None:
-    assert table.noticeable(compared(0.1, 0, 1, mde=math.log(2)), False) == "50 %"  # half the loss
-    assert table.noticeable(compared(0.1, 0, 1, mde=math.log(2)), True) == "100 %"  # twice the accuracy
-    assert table.noticeable(compared(0.1, 0, 1, mde=0.02, relative=False), True) == "0.02"
+def test_the_detectable_difference_is_an_improvement() -> None:
+    assert wording.detectable(compared(0.1, 0, 1, mde=math.log(2)), False) == "50 %"  # half the loss
+    assert wording.detectable(compared(0.1, 0, 1, mde=math.log(2)), True) == "100 %"  # twice the accuracy
+    assert wording.detectable(compared(0.1, 0, 1, mde=0.02, relative=False), True) == "0.02"
 
 
 @pytest.mark.parametrize(("p", "text"), [(0.0156, "0.016"), (0.0004, "< 0.001"), (1.0, "1"), (math.nan, "–")])
 def test_p_values(p: float, text: str) -> None:
-    assert table.significance(p) == text
+    assert wording.significance(p) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.946, "0.9460"), (1234.0, "1234"), (None, "–"), (math.nan, "–")])
 def test_numbers_keep_four_digits(value: float | None, text: str) -> None:
-    assert table.number(value) == text
+    assert wording.number(value) == text
 
 
 # Sentences ----------------------------------------------------------------------------------------------------------
 
 
 def test_sentence_of_a_method_that_helps() -> None:
-    assert table.sentences(study(arm("sven", HELPS, UNCLEAR))) == [
+    assert sentences.sentences(study(arm("sven", HELPS, UNCLEAR))) == [
         "sven helps: test loss 41 % lower (95 % interval 35 to 47 %, better in 8 of 8 seeds, p = 0.016 after Holm) "
-        "at equal steps; no evidence at equal time (would have seen 12 %)"
+        "at equal steps; no evidence at equal time (detectable: 12 % or more)"
     ]
 
 
 def test_sentence_of_a_method_that_hurts() -> None:
-    assert table.sentences(study(arm("sam", HURTS, HELPS))) == [
+    assert sentences.sentences(study(arm("sam", HURTS, HELPS))) == [
         "sam hurts: test loss 20 % higher (95 % interval 10 to 30 %, worse in 8 of 8 seeds, p = 0.016 after Holm) "
         "at equal steps; helps at equal time (test loss 41 % lower)"
     ]
 
 
-def test_sentence_without_evidence_says_what_would_have_been_seen() -> None:
-    assert table.sentences(study(arm("adan", UNCLEAR))) == [
+def test_sentence_without_evidence_names_the_detectable_difference() -> None:
+    assert sentences.sentences(study(arm("adan", UNCLEAR))) == [
         "adan shows no evidence of a difference: test loss 3.0 % lower (95 % interval 12 % lower to 5.0 % higher, "
-        "better in 5 of 8 seeds, p = 0.4 after Holm, would have seen 12 %) at equal steps"
+        "better in 5 of 8 seeds, p = 0.4 after Holm, detectable: 12 % or more) at equal steps"
     ]
 
 
 def test_sentence_with_too_few_seeds_gives_numbers_but_no_verdict() -> None:
     c = compared(lower(41), -math.inf, math.inf, "too few seeds", differences=[0.5, 0.6], won=2, p_holm=0.5)
-    assert table.sentences(study(arm("sven", c))) == [
+    assert sentences.sentences(study(arm("sven", c))) == [
         "sven has too few seeds for a verdict: test loss 41 % lower (better in 2 of 2 seeds, p = 0.5 after Holm) "
         "at equal steps"
     ]
@@ -169,18 +169,19 @@ def test_sentence_names_the_runs_that_did_not_finish() -> None:
     own = compared(-math.inf, -math.inf, higher(10), "hurts", differences=[-math.inf] * 5 + [-0.1] * 3)
     theirs = compared(lower(5), higher(5), math.inf, differences=[math.inf] + [0.05] * 7, mde=math.inf)
     of = study(arm("wild", own), arm("calm", theirs))
-    calm, wild = table.sentences(of)
+    calm, wild = sentences.sentences(of)
     assert wild == (
         "wild hurts: 5 of 8 runs did not finish (worse in 8 of 8 seeds, p = 0.016 after Holm) at equal steps"
     )
     assert "test loss 5.0 % lower, 1 of 8 of the baseline's runs did not finish" in calm
     assert "unbounded to 5.0 % higher" in calm
-    assert "what it would have seen is unknown" in calm
+    assert "detectable difference unknown" in calm
 
 
 def test_sentence_says_when_the_seeds_could_not_show_anything() -> None:
     assert (
-        "too few seeds to see any difference" in table.sentences(study(arm("x", compared(0.1, 0, 1, mde=math.inf))))[0]
+        "too few seeds to detect any difference"
+        in sentences.sentences(study(arm("x", compared(0.1, 0, 1, mde=math.inf))))[0]
     )
 
 
@@ -188,36 +189,36 @@ def test_sentence_about_the_metric_where_it_is_primary() -> None:
     c = compared(0.012, 0.008, 0.016, "helps", relative=False, score="accuracy")
     assert (
         "test accuracy 0.012 higher (95 % interval 0.008 to 0.016"
-        in table.sentences(study(arm("sven", c), primary="accuracy"))[0]
+        in sentences.sentences(study(arm("sven", c), primary="accuracy"))[0]
     )
 
 
 @pytest.mark.parametrize(
     ("c", "start"),
     [
-        (UNCLEAR, "A/A (the baseline against itself) comes out null, as it should: test loss 3.0 % lower"),
-        (HELPS, "A/A (the baseline against itself) helps, which it should not: read the other verdicts with care:"),
+        (UNCLEAR, "A/A (the baseline against itself) shows no difference, as it should: test loss 3.0 % lower"),
+        (HELPS, "A/A (the baseline against itself) helps, which it should not: treat the other verdicts with caution:"),
     ],
 )
 def test_control_is_spoken_of_as_a_control(c: Comparison, start: str) -> None:
-    [sentence] = table.sentences(study(arm("A/A", c)))
+    [sentence] = sentences.sentences(study(arm("A/A", c)))
     assert sentence.startswith(start)
     assert "after Holm" not in sentence  # it is no member of the family
 
 
 def test_did_nothing_outranks_the_verdict() -> None:
     of = study(arm("noop", HELPS, did_nothing=True))
-    assert table.sentences(of) == [
-        "noop did nothing: with its default settings every loss equals the unchanged recipe's bit for bit"
+    assert sentences.sentences(of) == [
+        "noop did nothing: with its default settings, every loss equals the unchanged recipe's bit for bit"
     ]
     row = table.cells(of.arms[1], of)
     assert row["equal steps"] == "did nothing"
 
 
 def test_nothing_to_say_of_a_study_without_methods() -> None:
-    assert table.sentences(study()) == []
-    assert table.sentences(Study("r", "r", [], "loss", METRICS, [])) == []
-    assert table.sentences(study(arm("lost"))) == ["lost could not be compared: no pair of runs"]
+    assert sentences.sentences(study()) == []
+    assert sentences.sentences(Study("r", "r", [], "loss", METRICS, [])) == []
+    assert sentences.sentences(study(arm("lost"))) == ["lost could not be compared: no pair of runs"]
 
 
 # Table --------------------------------------------------------------------------------------------------------------
@@ -226,16 +227,16 @@ def test_nothing_to_say_of_a_study_without_methods() -> None:
 def test_arms_are_ranked_between_baseline_and_control() -> None:
     nan = compared(math.nan, -math.inf, math.inf)
     arms = [arm("A/A", HELPS), arm("lost"), arm("worse", HURTS), arm("nan", nan), arm("best", HELPS)]
-    assert [a.name for a in table.ranked(study(*arms))] == ["baseline", "best", "worse", "lost", "nan", "A/A"]
-    assert [a.name for a in table.methods(study(*arms))] == ["best", "worse", "lost", "nan"]
+    assert [a.name for a in rows.ranked(study(*arms))] == ["baseline", "best", "worse", "lost", "nan", "A/A"]
+    assert [a.name for a in rows.methods(study(*arms))] == ["best", "worse", "lost", "nan"]
 
 
 def test_medians_count_unfinished_runs_as_worst() -> None:
     losses: Sequence[float | None] = (0.1, None, 0.3)
     runs = ArmResult("x", runs=[run(loss) for loss in losses])
-    assert table.median_test(runs, "loss", False) == 0.3
-    assert table.median_test(runs, "accuracy", True) == 0.7
-    assert math.isnan(table.median_test(ArmResult("x"), "loss", False))
+    assert rows.median_test(runs, "loss", False) == 0.3
+    assert rows.median_test(runs, "accuracy", True) == 0.7
+    assert math.isnan(rows.median_test(ArmResult("x"), "loss", False))
 
 
 def test_row_of_an_arm() -> None:
@@ -282,7 +283,7 @@ def test_table_fits_the_terminal(width: int) -> None:
     assert "The load of the machine" in text
 
 
-def test_narrow_tables_give_up_side_issues_first() -> None:
+def test_narrow_tables_leave_out_costs_first() -> None:
     wide, narrow, narrowest = (shown(full(), width) for width in (100, 80, 60))
     assert "memory" in wide
     assert "CPU" in wide
@@ -326,7 +327,7 @@ def test_names_are_not_taken_for_markup() -> None:
 
 def test_flags_methods_that_did_nothing_below_the_table() -> None:
     text = " ".join(shown(study(arm("noop", HELPS, did_nothing=True))).split())
-    assert "- noop did nothing: with its default settings every loss equals" in text
+    assert "- noop did nothing: with its default settings, every loss equals" in text
 
 
 def test_table_of_an_empty_study() -> None:

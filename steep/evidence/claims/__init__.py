@@ -1,4 +1,4 @@
-"""Claims of papers as experiments, what they gave, and what that says."""
+"""Claims of papers as experiments, their outcomes, and the verdicts on them."""
 
 from steep.evidence.claims.claim import Claim, Lab, Pairs, Quantity, columns, cpu_seconds, errors, scores
 

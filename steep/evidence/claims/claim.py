@@ -1,8 +1,8 @@
-"""A paper's claim as an experiment that anyone can run: what is claimed, of which size, and what to measure for it.
+"""A paper's claim as an experiment that anyone can run: what is claimed, of which size, and what to measure.
 
-A file of claims states one `Claim` about one method. Its `experiment` gets a `Lab`, which runs comparisons by the
-protocol of `compare` or measures one case after the other, and keeps what is finished. It returns, for each quantity of
-the claim, the method's and the baseline's values case by case; `verdicts` judges those.
+A claim file states one `Claim` about one method. Its `experiment` gets a `Lab`, which runs comparisons by the protocol
+of `compare` or measures one case after the other, and keeps finished results. It returns, for each quantity of the
+claim, the method's and the baseline's values case by case; `verdicts` judges those.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from steep.evidence.arms import BASELINE, MethodLike
+from steep.evidence.arms import MethodLike
 from steep.evidence.assemble import finals
 from steep.evidence.compare import compare
-from steep.evidence.study import Study
+from steep.evidence.study import BASELINE, Study
 from steep.method import UnknownName
 from steep.recipe import Budget, Recipe
 from steep.utils.files import write_atomic
@@ -31,11 +31,11 @@ class Quantity:
     Args:
         name: what is measured, at what point, with its unit.
         better: the direction in which the method is claimed to move it.
-        size: the claimed gain, a factor for ratios, else a plain difference; `None` if only a direction is claimed.
+        size: the claimed gain, as a factor or as a difference; `None` if only a direction is claimed.
         scale: "ratio" (gain 1.5: one and a half times better) or "difference" (gain 0.01: one point of accuracy).
         null: the gain that must be exceeded: 1 for ratios and 0 for differences, or a margin below it where the claim
             is "no worse".
-        exact: nothing is random, each case is a fact of its own (a deterministic function, an identity).
+        exact: nothing is random; each case stands for itself (a deterministic function, an identity).
     """
 
     name: str
@@ -60,9 +60,9 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A quantity's values, the method's and the baseline's, case by case; `None` where a run diverged or never arrived.
+    """A quantity's values case by case, the method's and the baseline's; `None` if a run diverged or missed its target.
 
-    Cases are seeds, or the names of what was measured.
+    Cases are seeds, or names of what was measured.
     """
 
     method: Sequence[float | None]
@@ -87,9 +87,9 @@ class Claim:
         source: its place in the paper.
         paper_scale: data, models and numbers of runs in the paper.
         our_scale: the same here.
-        quantities: what the claim says; all of it must hold.
-        experiment: ``experiment(lab) -> {quantity's name: Pairs}``; `None` where it cannot be tested here.
-        reason: why it cannot.
+        quantities: what the claim says; all of them must hold.
+        experiment: ``experiment(lab) -> {quantity's name: Pairs}``; `None` if the claim cannot be tested here.
+        reason: why it cannot be tested.
 
     Example:
         >>> Claim(
@@ -119,7 +119,7 @@ class Claim:
         """Run the experiment.
 
         Raises:
-            ValueError: it does not return just the quantities of the claim.
+            ValueError: it does not return exactly the quantities of the claim.
         """
         found = dict(self.experiment(lab)) if self.experiment else {}
         names = [q.name for q in self.quantities] if self.experiment else []
@@ -130,13 +130,13 @@ class Claim:
 
 @dataclass
 class Lab:
-    """Where an experiment runs. What has finished is kept in `store`, so that a killed claim goes on.
+    """Where an experiment runs. Finished results are kept in `store`, so that a killed claim can be resumed.
 
     Args:
         store: folder of this claim.
-        smoke: run everything once, as small as possible, to see that it works.
-        workers: processes of comparisons.
-        code: version of the code, part of what a kept case is known by.
+        smoke: run everything once, as small as possible, to check that it works.
+        workers: number of processes for comparisons.
+        code: version of the code, part of the key of a kept case.
         notes: settings and warnings of the comparisons, for the ledger.
     """
 
@@ -189,30 +189,31 @@ class Lab:
 def scores(
     study: Study, arm: str, score: str = "loss", *, against: str = BASELINE, at_equal_time: bool = False
 ) -> Pairs:
-    """Final test scores of an arm and a rival of a comparison, on its paired seeds."""
-    method, rival = _arm(study, arm), _arm(study, against)
-    runs = (method.equal_time or method.runs) if at_equal_time else method.runs
-    rivals = (rival.equal_time or rival.runs) if at_equal_time else rival.runs
-    return Pairs(finals(runs, score), finals(rivals, score), list(study.seeds))
+    """Final test scores of two arms of a comparison, on its paired seeds."""
+    method, other = (
+        (found.equal_time or found.runs) if at_equal_time else found.runs
+        for found in (_arm(study, arm), _arm(study, against))
+    )
+    return Pairs(finals(method, score), finals(other, score), list(study.seeds))
 
 
 def errors(study: Study, arm: str, *, examples: int, against: str = BASELINE) -> Pairs:
     """Error rates, for ratios: gains in points of accuracy do not carry over from a hard problem to an easy one.
 
-    Half an example of the `examples` tested on is added, so that a run without errors has a ratio.
+    Half of one of the `examples` in the test set is added, so that a run without errors has a ratio.
     """
     accuracy = scores(study, arm, "accuracy", against=against)
-    method, rival = (
+    method, other = (
         [None if value is None else 1 - value + 0.5 / examples for value in values]
         for values in (accuracy.method, accuracy.baseline)
     )
-    return Pairs(method, rival, accuracy.cases)
+    return Pairs(method, other, accuracy.cases)
 
 
 def cpu_seconds(study: Study, arm: str, *, against: str = BASELINE) -> Pairs:
-    """CPU seconds of training of an arm and a rival; `None` for runs that diverged."""
-    method, rival = ([r.cpu_seconds or None for r in _arm(study, name).runs] for name in (arm, against))
-    return Pairs(method, rival, list(study.seeds))
+    """CPU seconds that two arms spent on training; `None` for runs that diverged."""
+    method, other = ([r.cpu_seconds or None for r in _arm(study, name).runs] for name in (arm, against))
+    return Pairs(method, other, list(study.seeds))
 
 
 def columns(

@@ -1,8 +1,8 @@
-"""What claims gave when they were run: one JSON file per claim, and whether the code has changed since.
+"""The outcomes of claims: one JSON file per claim, and whether the code has changed since it was run.
 
-An entry keeps every measured value; the verdict is recomputed from them whenever it is read, so that the rule and the
-entries cannot disagree. Its fingerprint is of the claim's file, the method's file, the tasks and methods it names, and
-everything of steep that these import; docstrings, comments and a claim's texts do not count.
+An entry keeps every measured value. Its verdict is recomputed from them whenever it is read, so that the rule and the
+entries cannot disagree. Its fingerprint covers the claim's file, the method's file, the tasks and methods that the
+claim names, and every file of steep that these import; docstrings, comments and a claim's texts do not count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from steep.evidence.claims.claim import Claim, Lab, Pairs, Quantity
-from steep.evidence.claims.verdicts import Judged, judge, overall
+from steep.evidence.claims.verdicts import QuantityResult, judge, overall
 from steep.evidence.runs.jobs import hardware, versions
 from steep.evidence.runs.source import ROOT, code_of, hashed, import_file, imported
 from steep.method import UnknownName, method, methods
@@ -31,14 +31,14 @@ from steep.utils.files import write_atomic
 from steep.utils.validation import nearest
 
 FORMAT = 1
-ONLY_SHOW_OR_KEEP = {  # what these do changes no measured value
+NOT_MEASURING = {  # these only show or keep results, so changing them changes no measured value
     *(ROOT / f"{name}.py" for name in ("__init__", "__main__", "cli", "loop/console")),
     *(ROOT / "evidence" / f"{name}.py" for name in ("claims/ledger", "claims/verdicts")),
     *(ROOT / "evidence" / "runs" / f"{name}.py" for name in ("progress", "store", "workers")),
     *(ROOT / "evidence" / "report").glob("*.py"),
     *(ROOT / "testing").glob("*.py"),
 }
-TEXTS = frozenset({"statement", "source", "paper_scale", "our_scale", "reason"})  # of a claim: measured by nothing
+TEXTS = frozenset({"statement", "source", "paper_scale", "our_scale", "reason"})  # of a claim; they measure nothing
 State = Literal["current", "stale", "never run"]
 
 
@@ -50,7 +50,7 @@ def load_claims(folder: Path) -> dict[str, tuple[Claim, Path]]:
     """The claim of every file in a folder, by id, with the file.
 
     Raises:
-        ClaimError: no such folder, or a file that does not hold just one claim of its name.
+        ClaimError: no such folder, or a file that does not hold exactly one claim of its name.
     """
     if not folder.is_dir():
         raise ClaimError(
@@ -86,10 +86,10 @@ def choose(claims: Mapping[str, tuple[Claim, Path]], ids: Sequence[str]) -> list
 def fingerprint(claim: Claim, path: Path) -> str:
     """Hash of the code that decides what the claim measures."""
     named = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-    makers: dict[str, Callable[..., Any]] = {c.id: c.make for c in methods().values()}
-    makers |= {t.name: getattr(t.build, "func", t.build) for t in tasks().values()}  # build may be a partial
+    makers: dict[str, Callable[..., Any]] = {method.id: method.make for method in methods().values()}
+    makers |= {task.name: getattr(task.build, "func", task.build) for task in tasks().values()}  # it may be a partial
     used = [_file(make) for name, make in makers.items() if name in named | {claim.id}]
-    files = imported([path, *used]) - ONLY_SHOW_OR_KEEP - {path.resolve()}
+    files = imported([path, *used]) - NOT_MEASURING - {path.resolve()}
     return hashed(code_of(path, TEXTS), *sorted(code_of(file) for file in files))
 
 
@@ -102,13 +102,13 @@ class Entry:
     """An entry of the ledger.
 
     Args:
-        claim: the claim's fields as they were when it was run.
-        fingerprint: of the code then.
-        date: when the run ended, UTC.
+        claim: the claim's texts as they were when it was run.
+        fingerprint: of the code at that time.
+        date: when the run ended, in UTC.
         versions, hardware: what it ran on.
-        cpu_seconds: of this process and its workers; the rest was found in the store.
+        cpu_seconds: of this process and its workers, without results that were already in the store.
         notes: settings chosen in tuning, warnings, outcome of the A/A control.
-        quantities: each with its values, judged.
+        quantities: each with its values and its verdict.
     """
 
     claim: Mapping[str, Any]
@@ -118,7 +118,7 @@ class Entry:
     hardware: Mapping[str, Any]
     cpu_seconds: float
     notes: Mapping[str, Any]
-    quantities: Sequence[Judged]
+    quantities: Sequence[QuantityResult]
 
     @property
     def verdict(self) -> str:
@@ -130,7 +130,7 @@ class Entry:
 
 
 def run(claim: Claim, path: Path, store: Path, *, workers: int = 1) -> Entry:
-    """Run a claim, or go on with it, and judge what it measured."""
+    """Run a claim, or resume it, and judge what it measured."""
     code = fingerprint(claim, path)
     lab = Lab(store / claim.id, workers=workers, code=code)
     torch.set_num_threads(1)
@@ -154,7 +154,7 @@ def _cpu() -> float:
 
 
 def smoke(claim: Claim) -> dict[str, Pairs]:
-    """Run a claim's experiment as small as possible, keeping nothing: does it still work?"""
+    """Run a claim's experiment as small as possible and keep nothing, to check that it still works."""
     with TemporaryDirectory() as folder:
         return claim.measure(Lab(Path(folder), smoke=True))
 
@@ -164,7 +164,7 @@ def entry_path(ledger: Path, id: str) -> Path:
 
 
 def write(entry: Entry, ledger: Path) -> None:
-    """Keep an entry; numbers that are infinite are written as null."""
+    """Write an entry; infinite numbers are written as null."""
     text = json.dumps(_finite(entry.to_json()), indent=1, allow_nan=False)
     write_atomic(entry_path(ledger, entry.claim["id"]), text + "\n")
 
@@ -198,7 +198,7 @@ def read(ledger: Path, id: str) -> Entry | None:
 
 
 def state(claim: Claim, path: Path, entry: Entry | None) -> State:
-    """Whether the ledger's entry is of today's code."""
+    """Whether the ledger's entry was measured with the present code."""
     if entry is None:
         return "never run"
     return "current" if entry.fingerprint == fingerprint(claim, path) else "stale"

@@ -1,4 +1,4 @@
-"""What measured values say about a claim: gain, interval and verdict of each quantity, and of the claim as a whole."""
+"""The verdict on a claim: gain, interval and verdict of each quantity, and the verdict of the claim as a whole."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ VERDICTS = ("not reproduced", "not testable here", "same direction", "reproduced
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A quantity with the numbers that speak for or against it.
+class QuantityResult:
+    """A quantity with its measured values, the numbers computed from them, and the verdict.
 
     Args:
         gain, low, high: mean gain and its exact 95 % interval (smallest and largest for exact quantities), positive
@@ -33,7 +33,7 @@ class Judged:
     verdict: str
 
 
-def judge(quantity: Quantity, pairs: Pairs) -> Judged:
+def judge(quantity: Quantity, pairs: Pairs) -> QuantityResult:
     """Numbers and verdict of one quantity.
 
     With the 95 % interval [low, high] of the gain, and the claimed size:
@@ -59,7 +59,7 @@ def judge(quantity: Quantity, pairs: Pairs) -> Judged:
     low, high = (float(d.min()), float(d.max())) if quantity.exact else interval(d, 1 - ALPHA)
     p = None if quantity.exact else sign_flip_p(d - null)
     gain, low, high = (_gain(v, ratio) for v in (estimate(d), low, high))
-    return Judged(quantity, pairs, gain, low, high, p, int((d > 0).sum()), _verdict(quantity, low, high))
+    return QuantityResult(quantity, pairs, gain, low, high, p, int((d > 0).sum()), _verdict(quantity, low, high))
 
 
 def _gain(value: float, ratio: bool) -> float:
@@ -80,7 +80,7 @@ def _verdict(quantity: Quantity, low: float, high: float) -> str:
     return "not testable here" if reaches else "not reproduced"
 
 
-def overall(judged: Sequence[Judged]) -> str:
+def overall(judged: Sequence[QuantityResult]) -> str:
     """Verdict of a claim: that of its weakest quantity, since it claims them all; nothing measured is not testable."""
     return min((j.verdict for j in judged), key=VERDICTS.index, default="not testable here")
 
@@ -95,7 +95,7 @@ def number(quantity: Quantity, gain: float) -> str:
     return f"{gain:.3g}×" if quantity.scale == "ratio" else f"{gain:+.3g}"
 
 
-def numbers(judged: Judged) -> str:
+def numbers(judged: QuantityResult) -> str:
     """A judged quantity's numbers in a line: gain, interval, what was claimed, and how many cases."""
     q, cases = judged.quantity, judged.pairs.cases
     low, high = number(q, judged.low), number(q, judged.high)
@@ -105,7 +105,7 @@ def numbers(judged: Judged) -> str:
     return f"{number(q, judged.gain)} [{low}, {high}], {size}{margin}; better in {judged.won} of {len(cases)} {kind}"
 
 
-def effect(judged: Judged) -> str:
+def effect(judged: QuantityResult) -> str:
     """What was measured, whatever was claimed: "helps", "hurts" or "no evidence", from the same interval."""
     none = float(judged.quantity.scale == "ratio")
     if judged.low > none:
@@ -113,7 +113,7 @@ def effect(judged: Judged) -> str:
     return "hurts" if judged.high < none else "no evidence"
 
 
-def gains(judged: Judged) -> list[float]:
+def gains(judged: QuantityResult) -> list[float]:
     """The gain of every case, in the unit of `number`; infinite where only one of a pair diverged."""
     ratio = judged.quantity.scale == "ratio"
     higher = judged.quantity.better == "higher"

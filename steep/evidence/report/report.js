@@ -1,5 +1,5 @@
 "use strict";
-// Opens what is folded before the page is printed, and folds it again after.
+// Opens folded sections before the page is printed, and folds them again afterwards.
 addEventListener("beforeprint", () => {
   for (const fold of document.querySelectorAll("details:not([open]):not(.screen)")) {
     fold.open = true;
@@ -7,7 +7,7 @@ addEventListener("beforeprint", () => {
   }
 });
 
-// Draws the learning curves: the form says which, Plotly (embedded, compressed) draws them.
+// Draws the learning curves that the form selects, with Plotly (embedded, compressed).
 if (document.getElementById("curves")) (async () => {
   const study = JSON.parse(document.getElementById("curves").textContent);
   const form = document.getElementById("view");
@@ -81,7 +81,7 @@ if (document.getElementById("curves")) (async () => {
     plot.textContent = "";
     draw();
   } catch (error) {
-    plot.textContent = `The curves could not be drawn (${error}). This takes a browser of 2023 or later; the numbers are in report.csv.`;
+    plot.textContent = `The curves could not be drawn (${error}). This needs a browser from 2023 or later. The numbers are in report.csv.`;
     return done("failed");
   }
   form.addEventListener("change", draw);

@@ -1,4 +1,4 @@
-"""One line of the shell that repeats one training of a study, to the last bit."""
+"""The shell command that repeats one run of a study, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from steep.evidence.study import RunRecord
+from steep.evidence.report.rows import kinds
+from steep.evidence.study import ArmResult, RunRecord
 
 
 def command(run: RunRecord, source: str) -> str:
-    """``steep fit RECIPE --method ID --set name=value ... --seed S``; "" where the recipe has no name to call it by."""
+    """``steep fit RECIPE --method ID --set name=value ... --seed S``; "" where the recipe has no name."""
     return shlex.join(["steep", "fit", *_arguments(run, source)]) if source else ""
+
+
+def first_commands(arm: ArmResult, source: str) -> list[tuple[str, RunRecord, str]]:
+    """The first of each kind of an arm's runs, and the command that repeats it."""
+    return [(kind, runs[0], line) for kind, runs in kinds(arm) if (line := command(runs[0], source))]
 
 
 def _arguments(run: RunRecord, source: str) -> Iterator[str]:
@@ -31,11 +37,11 @@ def _arguments(run: RunRecord, source: str) -> Iterator[str]:
     yield from ("--seed", str(run.seed))
     if run.split_seed != run.seed:
         yield from ("--split-seed", str(run.split_seed))
-    yield from ("--threads", "1")  # as the workers of a study have: other sums round differently
+    yield from ("--threads", "1")  # as in a study's workers; other numbers of threads round sums differently
 
 
 def _text(value: Any) -> str:
-    """How `--set` is told a value; texts stand for themselves unless they would be read as something else."""
+    """A value as `--set` reads it; a string needs quotes only if it would be read as something else."""
     if not isinstance(value, str):
         return repr(value)
     try:

@@ -1,1 +1,1 @@
-"""The runs of a study: what defines one, the store that keeps them, the workers and machines that make them."""
+"""The runs of a study: what defines a run, the store that keeps it, and the workers and machines that train it."""

@@ -1,4 +1,4 @@
-"""One training of a study: what defines it, and how a worker process runs it."""
+"""One training run of a study: what defines it, and how a worker process executes it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SAVE_EVERY = 30.0  # seconds between checkpoints: short runs make none
 
 @dataclass(frozen=True)
 class Job:
-    """What makes a run the run it is; see `RunRecord` for the fields."""
+    """Everything that defines a run; see `RunRecord` for the fields."""
 
     arm: str
     role: str
@@ -52,14 +52,14 @@ class Job:
     lr_scale: float = 1.0
 
     def key(self, source: Source, code: str) -> str:
-        """Content address. Role and arm are left out: a run serves wherever its content is wanted."""
+        """Content address. Role and arm are left out, so a run serves every arm and role that asks for its content."""
         content = {k: v for k, v in asdict(self).items() if k not in ("arm", "role")}
         text = json.dumps([content, source.name, source.hash, code], sort_keys=True, default=repr)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 class ScaledOptimizer:
-    """An optimizer factory whose learning rates are multiplied: how any recipe's own optimizer is tuned."""
+    """An optimizer factory with scaled learning rates, which is how a recipe's own optimizer is tuned."""
 
     def __init__(self, factory: Callable[[Iterable[Any]], Optimizer], factor: float):
         self.factory, self.factor = factory, factor
@@ -78,14 +78,14 @@ def arm_recipe(
     lr_scale: float,
     budget: Budget,
 ) -> Recipe:
-    """The recipe an arm trains: budget first, so that methods see their horizon, then the methods in order."""
+    """The recipe that an arm trains: the budget first, so that methods see their horizon, then the methods in order."""
     recipe = recipe.replace(budget=budget)
     if lr_scale != 1.0:
         recipe = recipe.replace(optimizer=ScaledOptimizer(recipe.optimizer, lr_scale))
     return compose(recipe, [(own.get(id) or find_method(id), dict(hyper)) for id, hyper in methods])
 
 
-_WARM_UP = Recipe(  # pays for first use of Accelerate, autograd and fused kernels, so that no measured run does
+_WARM_UP = Recipe(  # pays the first-use costs of Accelerate, autograd and fused kernels, so that no measured run does
     data=lambda generator: split_loaders(torch.zeros(10, 1), torch.zeros(10, 1), generator, batch_size=2),
     model=lambda: nn.Linear(1, 1),
     loss=lambda output, target: (output - target).square().squeeze(1),
@@ -95,14 +95,14 @@ _WARM_UP = Recipe(  # pays for first use of Accelerate, autograd and fused kerne
 
 
 def start_worker(parent: int) -> None:
-    """Prepare a worker process: one thread, first-use costs paid, and gone when its parent is gone."""
+    """Prepare a worker process: one thread, first-use costs paid, and an end when its parent ends."""
     torch.set_num_threads(1)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     fit(_WARM_UP, device="cpu", progress=False)
 
 
 def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
+    while os.getppid() == parent:  # a parent that is killed cannot tell its workers to stop
         time.sleep(0.5)
     os._exit(1)
 
@@ -113,27 +113,27 @@ def _load(source: Source) -> Any:
 
 
 @dataclass(frozen=True)
-class Check:
-    """What a first moment of an arm showed: seconds per step, seconds of everything else, steps of a whole run."""
+class DryRun:
+    """What a dry run of an arm measured: seconds per step, seconds of everything else, steps of a whole run."""
 
     step_seconds: float
     other_seconds: float
     total_steps: int | None
 
 
-def dry_run(make_arm: Arm, source: Source) -> Check:
-    """Train an arm with its defaults for a moment: does it fit the recipe, and how fast is it?"""
+def dry_run(arm: Arm, source: Source) -> DryRun:
+    """Train an arm with its defaults for a moment, to see whether it fits the recipe and how fast it is."""
     recipe, own = _load(source)
-    methods, _ = make_arm.settings(make_arm.defaults())
+    methods, _ = arm.settings(arm.defaults())
     limit = min(DRY_RUN_SECONDS, recipe.budget.seconds or DRY_RUN_SECONDS)
     brief = arm_recipe(recipe, own, methods, 1.0, replace(recipe.budget, seconds=limit))
     trained = fit(brief, evaluate_every=sys.maxsize, progress=False)
-    evaluation = trained.other_seconds / 2  # on val and on test
-    return Check(trained.cpu_seconds / trained.steps, evaluation * EVALUATIONS, trained.horizon)
+    evaluation = trained.other_seconds / 2  # a dry run evaluates once on the validation and once on the test data
+    return DryRun(trained.cpu_seconds / trained.steps, evaluation * EVALUATIONS, trained.horizon)
 
 
 def run_job(job: Job, source: Source, directory: str, code: str, log: str | None = None) -> RunRecord:
-    """Train, score, keep, and log where asked to. A run that diverges is a result; any other error is raised.
+    """Train, score and store one run, and log it if asked to. Divergence is a result; any other error is raised.
 
     Returns:
         The record, which is in the store by then.
@@ -150,7 +150,7 @@ def run_job(job: Job, source: Source, directory: str, code: str, log: str | None
             checkpoint=store.checkpoint_path(key),
             save_every=SAVE_EVERY,
             progress=False,
-            log=job_log(job, log, store, key) if log else None,
+            log=_log(job, log, store, key) if log else None,
         )
         outcome = _finished(trained, recipe, store, key)
     except NonFinite as error:
@@ -167,12 +167,12 @@ def run_job(job: Job, source: Source, directory: str, code: str, log: str | None
     return record
 
 
-def job_log(job: Job, to: str, store: Store, key: str) -> Log:
+def _log(job: Job, tracker: str, store: Store, key: str) -> Log:
     """Where a run of a study is logged: in the store's folder `log`, under a name that ends with its key."""
     name = re.sub(r"[^\w.+-]", "-", f"{job.arm}-{job.role}-{job.seed}-{key}")
     hyper = {f"{id}.{k}": v for id, given in job.methods for k, v in given.items()}
     config = {"arm": job.arm, "role": job.role, "split_seed": job.split_seed, "lr_scale": job.lr_scale, **hyper}
-    return Log(to, store.directory / "log", name, config)
+    return Log(tracker, store.directory / "log", name, config)
 
 
 def _finished(trained: Result, recipe: Recipe, store: Store, key: str) -> dict[str, Any]:
@@ -185,18 +185,18 @@ def _finished(trained: Result, recipe: Recipe, store: Store, key: str) -> dict[s
         "curve": trained.history.evaluations,
         "val": trained.val,
         "test": trained.test,
-        "digest": digest(trained.history.losses),
+        "digest": _digest(trained.history.losses),
         "picture": picture(recipe, trained.model, store, key) if recipe.picture else None,
     }
 
 
-def digest(losses: list[float]) -> str:
+def _digest(losses: list[float]) -> str:
     """Hash of every step's loss, bit for bit."""
     return hashlib.sha256(struct.pack(f"{len(losses)}d", *losses)).hexdigest()[:24]
 
 
 def picture(recipe: Recipe, model: Any, store: Store, name: str) -> str:
-    """Draw the recipe's picture of a model (of the target, for `None`) as a PNG; its path in the store."""
+    """Draw the recipe's picture of a model (of the target, for `None`) as a PNG; returns its path in the store."""
     assert recipe.picture is not None
     path = store.directory / "pictures" / f"{name}.png"
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How far a study is: one bar over all its trainings."""
+"""The progress of a study: one bar over all its training runs."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StudyProgress(Progress):
-    """A progress bar whose total becomes known when the study has been planned."""
+    """A progress bar whose total is known once the study has been planned."""
 
     def __init__(self, console: Console):
         columns = (
-            TextColumn("trainings"),
+            TextColumn("training runs"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         super().__init__(*columns, console=console, disable=not console.is_terminal or console.quiet)
-        self.bar = self.add_task("trainings", total=None)
+        self.bar = self.add_task("training runs", total=None)
 
-    def expect(self, runs: int) -> None:
+    def begin(self, announcement: str, runs: int) -> None:
+        """Print what is planned, and set the total."""
+        self.console.print(announcement)
         self.update(self.bar, total=runs)
 
     def done(self) -> None:
-        """One training more is in the store."""
+        """One more run is in the store."""
         self.advance(self.bar)

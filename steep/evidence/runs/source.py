@@ -1,4 +1,4 @@
-"""Where a recipe comes from, how a worker process gets it again, and the code a run depends on."""
+"""Where a recipe comes from, how a worker process loads it again, and which code a run depends on."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Source:
     Args:
         name: what the user typed, or the recipe's name.
         hash: of the recipe's own source.
-        payload: the pickled recipe and its user's own methods, or `None` where `name` is enough.
+        payload: the pickled recipe and the user's own methods, or `None` where `name` is enough.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Source:
     payload: bytes | None = field(default=None, repr=False)
 
     def load(self) -> tuple[Recipe, Mapping[str, Method]]:
-        """The recipe, and the cards of the user's own methods."""
+        """The recipe, and the entries of the user's own methods."""
         return cloudpickle.loads(self.payload) if self.payload is not None else (load_recipe(self.name), {})
 
     def text(self) -> str:
-        """What to read to know the recipe: its file, or what stands for it; kept with the runs."""
+        """The recipe in readable form, kept with the runs: its file, or a description of a recipe made in memory."""
         if self.payload is not None:
             recipe, own = self.load()
             return "\n".join([describe(recipe), *map(describe, own.values())])
@@ -67,7 +67,7 @@ class Source:
 
 def from_name(name: str) -> Source:
     """Source of ``task``, ``file.py:recipe`` or ``package.module:recipe``."""
-    load_recipe(name)  # fail here, early, with the real reason
+    load_recipe(name)  # fails early, with the real reason, rather than in a worker
     if _is_task(name):
         package = Path(inspect.getfile(importlib.import_module("steep.tasks"))).parent
         return Source(name, hashed(name, *(code_of(path) for path in sorted(package.glob("*.py")))))
@@ -80,7 +80,7 @@ def _file_of(place: str) -> Path:
 
 
 def from_value(recipe: Recipe, own: Mapping[str, Method]) -> Source:
-    """Source of a recipe made in memory, with the user's own methods that it is to be compared with.
+    """Source of a recipe made in memory, with the user's own methods in the comparison.
 
     Raises:
         RecipeError: it cannot be pickled (it holds an open file, a lock or the like).
@@ -91,7 +91,7 @@ def from_value(recipe: Recipe, own: Mapping[str, Method]) -> Source:
         raise RecipeError(
             f"the recipe cannot be sent to a worker process ({error}): build such objects inside its factories"
         ) from error
-    return Source(recipe.name, hashed(describe(recipe), *(describe(c) for c in own.values())), payload)
+    return Source(recipe.name, hashed(describe(recipe), *map(describe, own.values())), payload)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -163,9 +163,9 @@ def import_file(path: Path) -> ModuleType:
 
 
 def code_version(methods: Iterable[str]) -> str:
-    """Hash of everything of steep that a run executes: `fit`, the methods' own files, and what these import.
+    """Hash of all code of steep that a run executes: `fit`, the methods' files, and everything these import.
 
-    Comments and docstrings do not count, so that only a change of behaviour makes runs stale.
+    Comments and docstrings do not count, so that only a change of the code makes runs stale.
     """
     known = all_methods()
     own = [Path(inspect.getfile(known[id].make)) for id in sorted(set(methods)) if id in known]
@@ -174,7 +174,7 @@ def code_version(methods: Iterable[str]) -> str:
 
 
 def imported(paths: Sequence[Path]) -> set[Path]:
-    """These files and everything of steep that they import, directly or not."""
+    """These files and every file of steep that they import, directly or indirectly."""
     found: set[Path] = set()
     waiting = [path.resolve() for path in paths]
     while waiting:
@@ -199,7 +199,7 @@ def _imported_by(path: Path) -> Iterator[Path]:
 
 
 def _modules(names: Sequence[str]) -> Iterator[Path]:
-    """Files of those names that are modules or packages of steep."""
+    """The files of those names that are modules or packages of steep."""
     for name in names:
         first, *rest = name.split(".")
         place = ROOT.joinpath(*rest)
@@ -210,7 +210,7 @@ def _modules(names: Sequence[str]) -> Iterator[Path]:
 
 @cache
 def code_of(path: Path, texts: frozenset[str] = frozenset()) -> str:
-    """A file's syntax tree without docstrings and without the arguments of those names (nor comments)."""
+    """A file's syntax tree, without comments, docstrings and the keyword arguments named in `texts`."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -221,7 +221,7 @@ def code_of(path: Path, texts: frozenset[str] = frozenset()) -> str:
 
 
 def describe(value: Any, depth: int = 6) -> str:
-    """Text that is equal for equal recipes in different processes: source code, captured values, settings."""
+    """A text that is the same for equal recipes in different processes: source code, captured values, settings."""
     if depth == 0:
         return type(value).__name__
     inner = functools.partial(describe, depth=depth - 1)

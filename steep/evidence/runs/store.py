@@ -1,4 +1,4 @@
-"""The runs of a study on disk: one JSON file each, whole or absent, never unpickled, never repeated."""
+"""The runs of a study on disk. Each is one JSON file, written whole or not at all, and is never repeated."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from filelock import FileLock, Timeout
 from steep.evidence.study import ArmResult, Comparison, RunRecord, Study
 from steep.utils.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2  # 1: roles and fields had other names
 
 
 class StoreError(ValueError):
-    """A store that cannot be used: not a folder, not writable, in use, or of a newer version."""
+    """A store that cannot be used: not a directory, not writable, in use, or written in another format."""
 
 
 class Store:
@@ -30,7 +30,7 @@ class Store:
         directory: created if absent.
 
     Raises:
-        StoreError: it is a file, cannot be written to, or was written by a newer version.
+        StoreError: it is a file, cannot be written to, or was written in another format.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
@@ -39,7 +39,7 @@ class Store:
             raise StoreError(f"the store {self.directory} is a file: give a directory")
         mark = self.directory / "store.json"
         if mark.exists():
-            _read(mark)  # refuses what a newer version wrote, before anything is written
+            _read(mark)  # refuses another format before anything is written
         try:
             for folder in ("runs", "pictures", "checkpoints"):
                 (self.directory / folder).mkdir(parents=True, exist_ok=True)
@@ -49,16 +49,16 @@ class Store:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store for one comparison; the system lets go of it even if the process is killed."""
+        """Hold the store for one comparison; the system releases the lock even if the process is killed."""
         lock = FileLock(self.directory / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             raise StoreError(
-                f"another compare is using the store {self.directory}: wait for it, or give another --out"
+                f"another compare is using the store {self.directory}: wait for it, or choose another --out"
             ) from None
         try:
-            for draft in self.directory.rglob(".*.part"):  # of a process that was killed while it wrote
+            for draft in self.directory.rglob(".*.part"):  # left by a process that was killed while it wrote
                 draft.unlink(missing_ok=True)
             yield
         finally:
@@ -71,14 +71,14 @@ class Store:
         return self.directory / "checkpoints" / f"{key}.pt"
 
     def get(self, key: str) -> RunRecord | None:
-        """The finished run of that content address, or `None`."""
+        """The run with that content address, or `None`."""
         path = self.run_path(key)
         return _record(_read(path)) if path.exists() else None
 
     def put(self, record: RunRecord) -> None:
-        """Keep a run; from here on it is never repeated."""
+        """Keep a run, so that it is never repeated."""
         write_atomic(self.run_path(record.key), _text(record.to_json()))
-        _flush(self.directory / "runs")  # before its checkpoint goes
+        _flush(self.directory / "runs")  # the record must survive a loss of power before the checkpoint is deleted
         self.checkpoint_path(record.key).unlink(missing_ok=True)
 
     def records(self) -> list[RunRecord]:
@@ -91,9 +91,8 @@ class Store:
         return {"format": FORMAT, "run": record.to_json(), "picture": base64.b64encode(picture).decode()}
 
     def unpack(self, key: str, packed: Mapping[str, Any]) -> RunRecord:
-        """Keep the run that counts for all machines, instead of one of our own."""
-        if packed["format"] > FORMAT:
-            raise StoreError(f"a newer steep takes part in this study (this one reads format {FORMAT}): upgrade steep")
+        """Keep the run that counts for all machines, in place of this machine's own."""
+        refuse_other_format(packed["format"], "a run in the shared database", "--storage")
         path = self.directory / "pictures" / f"{key}.png"
         picture = f"pictures/{path.name}" if packed["picture"] else None
         record = replace(_record(packed["run"]), key=key, picture=picture)
@@ -104,24 +103,24 @@ class Store:
         return record
 
     def put_source(self, hash: str, text: str) -> None:
-        """Keep the text of a recipe, once."""
+        """Keep the source text of a recipe."""
         path = self.directory / "sources" / f"{hash}.txt"
         if not path.exists():
             write_atomic(path, text)
 
     def put_command(self, command: str) -> None:
-        """Keep what to type to go on."""
+        """Keep the command that resumes the comparison."""
         write_atomic(self.directory / "command.txt", command + "\n")
 
     def command(self) -> str:
-        """What was typed to start the comparison.
+        """The command that started the comparison.
 
         Raises:
-            StoreError: none was started here from the command line.
+            StoreError: no comparison was started here from the command line.
         """
         path = self.directory / "command.txt"
         if not path.exists():
-            raise StoreError(f"nothing to go on with in {self.directory}: no `steep compare` was started there")
+            raise StoreError(f"nothing to resume in {self.directory}: no `steep compare` was started there")
         return path.read_text().strip()
 
     def put_study(self, study: Study) -> None:
@@ -144,7 +143,7 @@ class Store:
 
 
 def open_store(directory: str | os.PathLike[str]) -> Store:
-    """A store that exists already.
+    """A store that already exists.
 
     Raises:
         StoreError: there is none.
@@ -155,7 +154,7 @@ def open_store(directory: str | os.PathLike[str]) -> Store:
 
 
 def _flush(folder: Path) -> None:
-    """Have a folder's new names survive a loss of power, on systems where a folder can be opened."""
+    """Make new file names in a folder survive a loss of power, on systems where a folder can be opened."""
     if os.name == "nt":
         return
     opened = os.open(folder, os.O_RDONLY)
@@ -173,10 +172,22 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}): delete it, and the run is made again") from error
-    if values.pop("format", 0) > FORMAT:
-        raise StoreError(f"{path} was written by a newer steep (this one reads format {FORMAT}): upgrade steep")
+        raise StoreError(f"{path} is damaged ({error}): delete it, and the run will be repeated") from error
+    refuse_other_format(values.pop("format", 0), str(path), "--out")
     return values
+
+
+def refuse_other_format(found: int, what: str, option: str) -> None:
+    """Raise `StoreError` if `what` was not written in this format; the message says which `option` to change."""
+    if found > FORMAT:
+        raise StoreError(
+            f"{what} was written by a newer steep (format {found}; this one reads {FORMAT}): upgrade steep"
+        )
+    if found < FORMAT:
+        raise StoreError(
+            f"{what} was written by an older steep (format {found}; this one reads {FORMAT}): choose another {option}, "
+            "or use the steep that wrote it"
+        )
 
 
 def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

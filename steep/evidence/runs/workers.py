@@ -1,4 +1,4 @@
-"""Runs jobs in worker processes of one thread each; what is in the store is not run again."""
+"""Runs jobs in worker processes of one thread each. A run that is in the store is not repeated."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from loky import ProcessPoolExecutor
 from loky.process_executor import TerminatedWorkerError
 
 from steep.evidence.runs.jobs import Job, run_job, start_worker
-from steep.evidence.runs.shared import Shared, finished
+from steep.evidence.runs.shared import SharedStudy, finished
 from steep.evidence.runs.source import Source, code_version
 from steep.evidence.runs.store import Store
 from steep.evidence.study import RunRecord
 from steep.loop.training import RunError
 
 T = TypeVar("T")
-POLL = 1.0  # seconds between looks at what other machines have done
-RESTARTS = 3  # of the whole pool, when the system kills a worker (out of memory)
+POLL = 1.0  # seconds between queries for what other machines have done
+RESTARTS = 3  # of all workers, when the system kills one of them (out of memory)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception of a worker, as plain values: its own pickling may fail."""
+    """An exception in a worker, as plain values, since not every exception can be pickled."""
 
     kind: str
     message: str
@@ -39,26 +39,25 @@ class Failure:
 
 
 class Workers:
-    """Worker processes over one store; use it as a context manager.
+    """Worker processes that fill one store; use it as a context manager.
 
     Args:
-        workers: processes. Each has one thread: on small models two threads of one process are slower
-            than two processes.
-        advanced: called once for every job done, found in the store or run.
-        log: an Accelerate tracker's name, to log every training that is run.
-        shared: the study of other machines, to share the trainings with them.
+        count: processes. Each has one thread: on small models two processes are faster than two threads of one.
+        advanced: called once for every finished job, whether it was run or found in the store.
+        log: name of an Accelerate tracker, to log every run.
+        shared: the study that other machines share, to divide the runs among them.
     """
 
     def __init__(
         self,
         source: Source,
         store: Store,
-        workers: int,
+        count: int,
         advanced: Callable[[], None] = lambda: None,
         log: str | None = None,
-        shared: Shared | None = None,
+        shared: SharedStudy | None = None,
     ):
-        self.source, self.store, self.workers, self.advanced, self.log = source, store, workers, advanced, log
+        self.source, self.store, self.count, self.advanced, self.log = source, store, count, advanced, log
         self.shared = shared
         self._versions: dict[tuple[str, ...], str] = {}
 
@@ -72,21 +71,21 @@ class Workers:
     def _start(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.executor = ProcessPoolExecutor(
-            self.workers, initializer=_start, initargs=(os.getpid(),), env=threads, timeout=None
+            self.count, initializer=_initialize, initargs=(os.getpid(),), env=threads, timeout=None
         )
 
     def code(self, job: Job) -> str:
-        """Version of the code a job executes."""
+        """Version of the code that a job executes."""
         ids = tuple(id for id, _ in job.methods)
         if ids not in self._versions:
             self._versions[ids] = code_version(ids)
         return self._versions[ids]
 
     def run(self, jobs: Sequence[Job]) -> list[RunRecord]:
-        """The jobs' records, in their order; missing ones are run, in that order as workers become free.
+        """The records of the jobs, in their order. Missing runs are started in that order as workers become free.
 
         Raises:
-            RunError: a training raised, or the system ended workers again and again. What has finished is kept.
+            RunError: a run raised, or the system kept killing workers. Finished runs are kept.
         """
         keys = [job.key(self.source, self.code(job)) for job in jobs]
         wanted = dict(zip(keys, jobs, strict=True))
@@ -99,16 +98,16 @@ class Workers:
             if key in found:
                 self.advanced()
         missing = {key: job for key, job in jobs.items() if key not in found}
-        self._insist(lambda: self._run_missing(missing, found))
+        self._retry(lambda: self._run_missing(missing, found))
         return found
 
-    def _run_shared(self, jobs: dict[str, Job], shared: Shared) -> dict[str, RunRecord]:
-        """The same among machines: what is claimed is run here, and all take the record that counts."""
+    def _run_shared(self, jobs: dict[str, Job], shared: SharedStudy) -> dict[str, RunRecord]:
+        """The same, divided among machines: each runs what it has claimed, and all take the record that counts."""
         found: dict[str, RunRecord] = {}
-        self._insist(lambda: self._take_part(jobs, found, shared))
+        self._retry(lambda: self._run_claimed(jobs, found, shared))
         return found
 
-    def _take_part(self, jobs: dict[str, Job], found: dict[str, RunRecord], shared: Shared) -> None:
+    def _run_claimed(self, jobs: dict[str, Job], found: dict[str, RunRecord], shared: SharedStudy) -> None:
         running: dict[Future[Any], str] = {}
         try:
             while missing := {key: job for key, job in jobs.items() if key not in found}:
@@ -116,43 +115,43 @@ class Workers:
                 for key, run in finished(trials):
                     found[key] = self.store.unpack(key, run)
                     self.advanced()
-                claimed = shared.claim(trials, self.workers - len(running))
+                claimed = shared.claim(trials, self.count - len(running))
                 for key in claimed:
                     if (record := self.store.get(key)) is not None:
                         self._hand_over(record, shared)
                     else:
                         running[self._submit(jobs[key])] = key
-                if not claimed or len(running) == self.workers:
+                if not claimed or len(running) == self.count:
                     for future in _done(running):
                         self._hand_over(self._result(future, jobs[running.pop(future)]), shared)
         except BaseException:
             shared.release()
             raise
 
-    def _hand_over(self, record: RunRecord, shared: Shared) -> None:
+    def _hand_over(self, record: RunRecord, shared: SharedStudy) -> None:
         shared.finish(record.key, self.store.pack(record), record.val.get("loss", math.inf))
 
     def _submit(self, job: Job) -> Future[Any]:
         where = str(self.store.directory)
         return self.executor.submit(_guarded, run_job, job, self.source, where, self.code(job), self.log)
 
-    def _insist(self, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns, after another with new workers where the system killed one."""
+    def _retry(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns. Where the system kills a worker, all are replaced and it is called again."""
         for _ in range(RESTARTS):
             with suppress(TerminatedWorkerError):
                 return attempt()
-            self.executor.shutdown(wait=True, kill_workers=True)  # so that none is still writing
+            self.executor.shutdown(wait=True, kill_workers=True)  # waits, so that no worker is still writing
             self._start()
         try:
             return attempt()
         except TerminatedWorkerError as error:
             raise RunError(
-                f"the system ended a worker {RESTARTS + 1} times (does the memory suffice for {self.workers} trainings "
-                "at once? see --workers); what has finished is kept, and the same command goes on"
+                f"the system killed a worker {RESTARTS + 1} times. Is there enough memory for {self.count} runs at "
+                "once (see --workers)? Finished runs are kept; rerun the same command to resume"
             ) from error
 
     def _run_missing(self, jobs: dict[str, Job], found: dict[str, RunRecord]) -> None:
-        """Add to `found` what it lacks; what a killed pool had kept, but not handed over, is taken from the store."""
+        """Add the jobs' records to `found`. What killed workers had stored, but not returned, comes from the store."""
         kept = {key: self.store.get(key) for key in jobs if key not in found}
         found |= {key: record for key, record in kept.items() if record is not None}
         futures = {self._submit(job): key for key, job in jobs.items() if key not in found}
@@ -174,17 +173,17 @@ class Workers:
             futures = [self.executor.submit(_guarded, function, *args) for args in arguments]
             return [future.result() for future in futures]
 
-        return self._insist(attempt)
+        return self._retry(attempt)
 
 
 def _done(running: dict[Future[Any], str]) -> set[Future[Any]]:
-    """What has finished by the next look at other machines' work."""
+    """What has finished by the time other machines' work is queried again."""
     if not running:
         time.sleep(POLL)
     return wait(running, POLL, FIRST_COMPLETED).done
 
 
-def _start(parent: int) -> None:
+def _initialize(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     start_worker(parent)
 

@@ -12,8 +12,8 @@ A value of exactly zero, or of +inf against -inf, counts against the verdict, so
 breaking them by vanishing symmetric noise gives an exact test whose p is at most this one. The interval excludes zero
 if and only if p <= 1 - level.
 
-What is compared is two trainings with their tuned settings. How lucky the tuning of either was is not in the noise of
-the seeds, and so not in p.
+What is compared is two ways to train with their tuned settings. The luck of tuning is not in the noise of the seeds,
+and so not in p.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def compare(
     Arguments as for `differences`. A diverged run leaves no standard deviation: the detectable effect is then infinite.
 
     Args:
-        alpha: what this look at the pairs may spend of the 5 %; the interval is of level 1 - alpha.
+        alpha: what this analysis may spend of the 5 %; the interval is of level 1 - alpha.
 
     Example:
         >>> compare([0.7, 0.5, 0.6, 0.8, 0.6, 0.5], [0.9, 0.6, 0.7, 0.9, 0.9, 0.6]).verdict
@@ -197,10 +197,10 @@ def paired_time_to_target(
     return _describe(score, True, d, walsh_averages(d), _hodges_lehmann(d), alpha)
 
 
-def _describe(score: str, relative: bool, d: Array, pool: NullDistribution, middle: float, alpha: float) -> Comparison:
+def _describe(score: str, relative: bool, d: Array, null: NullDistribution, middle: float, alpha: float) -> Comparison:
     in_unit_interval(alpha=alpha)
-    low, high = pool.interval(alpha)
-    p, won = pool.p(), int(np.sum(d > 0))
+    low, high = null.interval(alpha)
+    p, won = null.p(), int(np.sum(d > 0))
     alone = Comparison(score, relative, tuple(d.tolist()), middle, low, high, p, p, np.inf, won, "", alpha)
     return _judge(alone, p, family=1)
 
@@ -225,12 +225,12 @@ def _verdict(comparison: Comparison, p_holm: float) -> str:
 def adjust(comparisons: Mapping[str, Comparison], family: int | None = None) -> dict[str, Comparison]:
     """The same comparisons judged as one family: Holm's p, verdicts, and effects detectable at its first step.
 
-    Pass the arms whose verdicts will be read together, on one score and at one look. The A/A control is not one of
+    Pass the arms whose verdicts will be read together, on one score and at one analysis. The A/A control is not one of
     them.
 
     Args:
-        family: number of arms the family has in all, of which those not passed count as p = 1 (they were decided at
-            an earlier look, or are not at this one). By default those passed.
+        family: number of arms that the family has in all. Those that are not passed count as p = 1: they were decided
+            at an earlier analysis, or are judged at a later one. By default, the arms passed.
     """
     family = max(1, len(comparisons) if family is None else family)
     absent = family - len(comparisons)

@@ -1,16 +1,17 @@
-"""Looks at the pairs before all are made, so that a clear difference ends an arm early; total error 5 % per family.
+"""Group-sequential designs: interim analyses that stop an arm once a difference is clear, with 5 % total error.
 
-A look at n of N pairs may spend alpha * n / N, less what earlier looks have spent (the linear spending function of Lan
-and DeMets 1983), and judges by Holm at what it spends. Why linear: 4 pairs have no p-value below 2 / 2^4 = 0.125 and
-can spend nothing, whatever the function; at 8 of 16 pairs O'Brien and Fleming's function would leave 0.0056, less than
-the smallest p-value of 8 pairs, and Pocock's as many whole p-values as the linear one. What a look cannot use is kept
-for the next one.
+An analysis of n of N pairs may spend alpha * n / N, less what earlier ones have spent (the linear spending function of
+Lan and DeMets 1983), and judges by Holm at what it spends. Why linear: 4 pairs have no p-value below 2 / 2^4 = 0.125
+and can spend nothing, whatever the function; at 8 of 16 pairs O'Brien and Fleming's function would leave 0.0056, less
+than the smallest p-value of 8 pairs, and Pocock's as many whole p-values as the linear one. What an analysis cannot use
+is kept for the next one.
 
-The total error is bounded by the sum of what was spent (union bound): for any dependence of looks and arms, for means
-and for ranks, whatever made an arm stop. An exact joint distribution of the looks would give the last one a tenth more
-to spend, and no arm with a diverged run has it. Arms that were decided count as p = 1 at later looks, so that other
-scores of the study, judged at the look that ended an arm, keep the bound too. The interval of level 1 - alpha of that
-look is a repeated confidence interval (Jennison and Turnbull 1989): it covers in 95 % of studies, whatever ended them.
+The total error is bounded by the sum of what was spent (union bound), for any dependence of analyses and arms, for
+means and for ranks, and whatever made an arm stop. An exact joint distribution of the analyses would give the last one
+a tenth more to spend, and does not exist for arms with a diverged run. Arms that were decided count as p = 1 in later
+analyses, so the study's other scores, judged at the analysis that stopped an arm, keep the bound too. The interval of
+level 1 - alpha of that analysis is a repeated confidence interval (Jennison and Turnbull 1989): it covers in 95 % of
+studies, whenever they stopped.
 
 There is no stop for futility: "no evidence" says more after 16 pairs than after 8.
 """
@@ -24,7 +25,7 @@ from steep.evidence.statistics.paired import DECIDED
 from steep.evidence.statistics.power import ALPHA
 from steep.evidence.study import Comparison
 
-PARTS = (4, 2, 1)  # looks at a quarter, half and all of the pairs
+PARTS = (4, 2, 1)  # analyses after a quarter, half and all of the pairs
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class InterimAnalysis:
     alpha: float
 
 
-def planned(pairs: int, methods: int, *, sequential: bool) -> list[InterimAnalysis]:
-    """One look at all pairs, or a group-sequential design of up to three.
+def planned_analyses(pairs: int, methods: int, *, sequential: bool) -> list[InterimAnalysis]:
+    """One analysis after all pairs, or a group-sequential design of up to three.
 
     Args:
-        pairs: how many there are at most.
+        pairs: maximum number of pairs.
         methods: arms judged as one family.
 
     Example:
-        >>> [(look.pairs, round(look.alpha, 4)) for look in planned(16, 3, sequential=True)]
+        >>> [(analysis.pairs, round(analysis.alpha, 4)) for analysis in planned_analyses(16, 3, sequential=True)]
         [(4, 0), (8, 0.0234), (16, 0.0266)]
     """
     analyses: list[InterimAnalysis] = []
@@ -65,25 +66,25 @@ def _spendable(pairs: int, methods: int, alpha: float) -> float:
     return steps * _smallest_p(pairs) if steps >= methods else 0
 
 
-def followed(
+def stopping_points(
     analyses: Sequence[InterimAnalysis],
     arms: Iterable[str],
     judged: Callable[[InterimAnalysis, list[str]], Mapping[str, Comparison]],
 ) -> dict[str, InterimAnalysis]:
-    """For each arm the look that ended it: the one that decided it, or the last.
+    """For each arm the analysis at which it stopped: the one that decided it, or the last.
 
     Args:
-        looks: as planned; those that can decide nothing are passed over.
+        analyses: as planned; those that can decide nothing are skipped.
         arms: the family.
-        judged: makes the pairs of a look for the arms that go on, and returns their verdicts.
+        judged: makes the pairs of an analysis for the remaining arms, and returns their verdicts.
     """
-    going, ended = list(arms), dict[str, InterimAnalysis]()
+    going, stopped_at = list(arms), dict[str, InterimAnalysis]()
     for analysis in analyses:
         if not analysis.alpha:
             continue
         verdicts = judged(analysis, going)
-        ended |= {arm: analysis for arm in going if analysis is analyses[-1] or verdicts[arm].verdict in DECIDED}
-        going = [arm for arm in going if arm not in ended]
+        stopped_at |= {arm: analysis for arm in going if analysis is analyses[-1] or verdicts[arm].verdict in DECIDED}
+        going = [arm for arm in going if arm not in stopped_at]
         if not going:
             break
-    return ended
+    return stopped_at
