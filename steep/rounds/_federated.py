@@ -1,21 +1,25 @@
 """Federated training in one process: many clients, one server, and the messages between them.
 
-A method is two pure functions of explicit state; what is here only moves what they exchange::
+A method is a subclass of `Federation`: two pure functions of explicit state, and a dataclass's fields for its
+hyper-parameters. Everything else stands here and only moves what the two functions exchange::
 
-    client_step(state, received, batches) -> (state, message)      # on a client
-    server_step(state, messages)          -> (state, broadcast)    # on the server
+    client_step(state, received, batches, *, ...) -> (state, message)      # on a client
+    server_step(state, messages, *, ...)          -> (state, broadcast)    # on the server
 
 States and messages are flat dicts of tensors and plain numbers, so that they can be pickled, saved and sent as they
 are. Tensors that belong together share a prefix (``"parameter.0.weight"``): `put` and `take` add and strip it. A
-client's ``message["losses"]`` is for whoever watches the training; no `server_step` reads it, and a back-end that
-leaves the machine may drop it.
+client's ``message["losses"]`` is for monitoring only; no `server_step` reads it, and a back-end that sends messages
+to another machine may drop it.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import KW_ONLY, InitVar, dataclass, field
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +35,7 @@ from steep.utils.validation import require
 Tensors = dict[str, Tensor]
 State = dict[str, Any]
 Message = dict[str, Any]
-ClientStep = Callable[[State, Message, Iterator[Any]], tuple[State, Message]]
-ServerStep = Callable[[State, Sequence[Message]], tuple[State, Message]]
+Step = Callable[..., tuple[State, Message]]
 
 
 # ---- messages
@@ -167,6 +170,7 @@ class Oracle:
 # ---- the rounds
 
 
+@dataclass(eq=False)
 class Federation:
     """Iterator over communication rounds, clients and server in this process.
 
@@ -178,14 +182,21 @@ class Federation:
     does not depend on where clients run or in which order, and two methods of equal seed sample the same clients
     and give them the same batches. A client starts a fresh pass over its loader each round.
 
+    A method defines `client_step` and `server_step` as static methods, and as fields the hyper-parameters that it
+    adds or whose default differs. A step names, as keyword-only arguments, the hyper-parameters that it reads; it may
+    also ask for the ``oracle`` and for ``num_clients``. The first state of a client is ``{"examples": n}``.
+
     Args:
         model: the server's model; between rounds it holds the latest parameters (trainable ones) and buffers.
         clients: one training loader per client.
-        client_step, server_step: the method. A client's first state is ``{"examples": n}``.
+        local_step: ``local_step(model, batch) -> losses``, shape (B,): forward pass and loss only.
         generator: draws the seed, once.
-        lr: learning rate of the first round, ``server["lr"]``; the server broadcasts it beside the model.
-        fraction: share of the clients in each round, at least one.
-        local_steps: batches given to each sampled client.
+        fraction: share of the clients in each round, in (0, 1]; at least one client is sampled.
+        local_steps: batches given to each sampled client, at least 1.
+        lr: learning rate of the first round, positive; the server broadcasts the present one beside the model.
+        lr_decay: factor on `lr` after each round, in (0, 1].
+        weight_decay: of the local steps, at least 0.
+        clip_norm: longest local gradient, positive; infinity for no clipping.
 
     Raises:
         UnmetRequirement: no clients.
@@ -193,31 +204,48 @@ class Federation:
     """
 
     requires = frozenset({"clients"})
+    client_step: ClassVar[Step]
+    server_step: ClassVar[Step]
 
-    def __init__(
-        self,
-        model: nn.Module,
-        clients: Sequence[Loader],
-        client_step: ClientStep,
-        server_step: ServerStep,
-        *,
-        generator: torch.Generator,
-        lr: float,
-        fraction: float,
-        local_steps: int,
-    ):
-        if len(clients) == 0:
+    model: nn.Module = field(repr=False)
+    clients: Sequence[Loader] = field(repr=False)
+    local_step: InitVar[Callable[[nn.Module, Any], Tensor]]
+    _: KW_ONLY
+    generator: InitVar[torch.Generator]
+    fraction: float = 0.25
+    local_steps: int = 20
+    lr: float = 0.1
+    lr_decay: float = 1.0
+    weight_decay: float = 0.0
+    clip_norm: float = math.inf
+
+    def __post_init__(self, local_step: Callable[[nn.Module, Any], Tensor], generator: torch.Generator) -> None:
+        self._check()
+        self.oracle, self.num_clients = Oracle(self.model, local_step), len(self.clients)
+        self.on_client, self.on_server = self._bound(self.client_step), self._bound(self.server_step)
+        self.seed, self.round = int(torch.randint(2**62, (), generator=generator)), 0
+        self.states: list[State] = [{"examples": _examples(i, loader)} for i, loader in enumerate(self.clients)]
+        self.server: State = snapshot(self.model) | {"lr": self.lr}
+        self.broadcast: Message = self.server
+
+    def _check(self) -> None:
+        """Refuse hyper-parameters out of range; a method extends it by its own."""
+        require("lr", self.lr, self.lr > 0, "positive")
+        require("lr_decay", self.lr_decay, 0 < self.lr_decay <= 1, "in (0, 1]")
+        require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        require("clip_norm", self.clip_norm, self.clip_norm > 0, "positive (math.inf: no clipping)")
+        if len(self.clients) == 0:
             raise UnmetRequirement(
                 f"{type(self).__name__} needs {REQUIREMENTS['clients'].what}: {REQUIREMENTS['clients'].remedy}"
             )
-        require("fraction", fraction, 0 < fraction <= 1, "in (0, 1]")
-        require("local_steps", local_steps, isinstance(local_steps, int) and local_steps >= 1, "an integer >= 1")
-        self.model, self.loaders, self.fraction, self.local_steps = model, clients, fraction, local_steps
-        self.client_step, self.server_step = client_step, server_step
-        self.seed, self.round = int(torch.randint(2**62, (), generator=generator)), 0
-        self.clients: list[State] = [{"examples": _examples(i, loader)} for i, loader in enumerate(clients)]
-        self.server: State = snapshot(model) | {"lr": lr}
-        self.broadcast: Message = self.server
+        require("fraction", self.fraction, 0 < self.fraction <= 1, "in (0, 1]")
+        whole = isinstance(self.local_steps, int) and self.local_steps >= 1
+        require("local_steps", self.local_steps, whole, "an integer >= 1")
+
+    def _bound(self, step: Step) -> Step:
+        """The step with its keyword-only arguments filled in by name, from this object's attributes."""
+        parameters = inspect.signature(step).parameters.values()
+        return partial(step, **{p.name: getattr(self, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY})
 
     def __iter__(self) -> Federation:
         return self
@@ -226,11 +254,11 @@ class Federation:
         try:
             done = {i: self._visit(i) for i in self.sample()}
             messages = [message for _, message in done.values()]
-            self.server, self.broadcast = self.server_step(self.server, messages)
+            self.server, self.broadcast = self.on_server(self.server, messages)
         finally:
             self._load()
         for i, (state, _) in done.items():
-            self.clients[i] = state
+            self.states[i] = state
         self.round += 1
         return torch.cat([message["losses"] for message in messages])
 
@@ -242,9 +270,9 @@ class Federation:
 
     def _visit(self, i: int) -> tuple[State, Message]:
         order, noise = (Stream(self.seed, f"{name} {self.round} {i}") for name in ("order", "noise"))
-        batches = local_batches(self.loaders[i], self.local_steps, order)
+        batches = local_batches(self.clients[i], self.local_steps, order)
         with noise.active():
-            state, message = self.client_step(self.clients[i], self.broadcast, batches)
+            state, message = self.on_client(self.states[i], self.broadcast, batches)
         if not all(tensor.isfinite().all() for tensor in take("parameter", message).values()):
             raise ArithmeticError(
                 f"client {i} sends a model that is not finite in round {self.round}, which is left undone: lower lr"
@@ -261,8 +289,8 @@ class Federation:
             "round": self.round,
             "server": self.server,
             "broadcast": self.broadcast,
-            "clients": list(self.clients),
-            "loaders": [[g.get_state() for g in generators(loader)] for loader in self.loaders],
+            "clients": list(self.states),
+            "loaders": [[g.get_state() for g in generators(loader)] for loader in self.clients],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -276,8 +304,8 @@ class Federation:
         device = next(self.model.parameters()).device
         self.seed, self.round = state["seed"], state["round"]
         self.server, self.broadcast = _on(device, state["server"]), _on(device, state["broadcast"])
-        self.clients = [_on(device, client) for client in state["clients"]]
-        for loader, saved in zip(self.loaders, state["loaders"], strict=True):
+        self.states = [_on(device, client) for client in state["clients"]]
+        for loader, saved in zip(self.clients, state["loaders"], strict=True):
             for generator, position in zip(generators(loader), saved, strict=True):
                 generator.set_state(position)
         self._load()
@@ -293,14 +321,6 @@ def local_batches(loader: Loader, steps: int, order: Stream) -> Iterator[Any]:
                 batches = iter(loader)
                 batch = next(batches)
         yield batch
-
-
-def check_local_sgd(lr: float, lr_decay: float, weight_decay: float, clip_norm: float) -> None:
-    """Raise `ValueError` for hyper-parameters of local SGD that are out of range."""
-    require("lr", lr, lr > 0, "positive")
-    require("lr_decay", lr_decay, 0 < lr_decay <= 1, "in (0, 1]")
-    require("weight_decay", weight_decay, weight_decay >= 0, "at least 0")
-    require("clip_norm", clip_norm, clip_norm > 0, "positive (math.inf: no clipping)")
 
 
 def _examples(i: int, loader: Loader) -> int:

@@ -13,48 +13,17 @@ equal work. The paper's fraction is 0.1 of 100 to 1000 clients; the default of 0
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from steep.batches import Loader
 from steep.method import Method, Paper, log_uniform
-from steep.rounds._federated import Federation, Message, Oracle, State, check_local_sgd, clip, descend, mean, put, take
+from steep.rounds._federated import Federation, Message, Oracle, State, clip, descend, mean, put, take
 
 
-def client_step(
-    state: State,
-    received: Message,
-    batches: Iterable[Any],
-    *,
-    oracle: Oracle,
-    weight_decay: float = 0.0,
-    clip_norm: float = math.inf,
-) -> tuple[State, Message]:
-    """Local SGD from the received model; the state stays as it is."""
-    x, buffers, losses = take("parameter", received), take("buffer", received), []
-    for batch in batches:
-        seen = oracle(x, buffers, batch)
-        x, buffers = descend(x, clip(seen.gradient, clip_norm), received["lr"], weight_decay), seen.buffers
-        losses.append(seen.losses)
-    sent = {"losses": torch.cat(losses), "examples": state["examples"]}
-    return state, put("parameter", x) | put("buffer", buffers) | sent
-
-
-def server_step(
-    state: State, messages: Sequence[Message], *, weighted: bool = True, lr_decay: float = 1.0
-) -> tuple[State, Message]:
-    """Average the clients' models; what the server knows is what it broadcasts."""
-    weights = [message["examples"] for message in messages] if weighted else None
-    x, buffers = (mean(group, messages, weights) for group in ("parameter", "buffer"))
-    state = put("parameter", x) | put("buffer", buffers) | {"lr": state["lr"] * lr_decay}
-    return state, state
-
-
+@dataclass(kw_only=True, eq=False)
 class FedAvg(Federation):
     """Federated averaging: clients run SGD on their own data, the server averages their models.
 
@@ -93,28 +62,36 @@ class FedAvg(Federation):
         ...     pass  # `model` holds the average; `losses` are those of the round
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        clients: Sequence[Loader],
-        local_step: Callable[[nn.Module, Any], Tensor],
+    weighted: bool = True
+
+    @staticmethod
+    def client_step(
+        state: State,
+        received: Message,
+        batches: Iterable[Any],
         *,
-        generator: torch.Generator,
-        fraction: float = 0.25,
-        local_steps: int = 20,
-        lr: float = 0.1,
-        lr_decay: float = 1.0,
-        weighted: bool = True,
-        weight_decay: float = 0.0,
-        clip_norm: float = math.inf,
-    ):
-        check_local_sgd(lr, lr_decay, weight_decay, clip_norm)
-        oracle = Oracle(model, local_step)
-        local = partial(client_step, oracle=oracle, weight_decay=weight_decay, clip_norm=clip_norm)
-        central = partial(server_step, weighted=weighted, lr_decay=lr_decay)
-        super().__init__(
-            model, clients, local, central, lr=lr, fraction=fraction, local_steps=local_steps, generator=generator
-        )
+        oracle: Oracle,
+        weight_decay: float,
+        clip_norm: float,
+    ) -> tuple[State, Message]:
+        """Local SGD from the received model; the state stays as it is."""
+        x, buffers, losses = take("parameter", received), take("buffer", received), []
+        for batch in batches:
+            seen = oracle(x, buffers, batch)
+            x, buffers = descend(x, clip(seen.gradient, clip_norm), received["lr"], weight_decay), seen.buffers
+            losses.append(seen.losses)
+        sent = {"losses": torch.cat(losses), "examples": state["examples"]}
+        return state, put("parameter", x) | put("buffer", buffers) | sent
+
+    @staticmethod
+    def server_step(
+        state: State, messages: Sequence[Message], *, weighted: bool, lr_decay: float
+    ) -> tuple[State, Message]:
+        """Average the clients' models; what the server knows is what it broadcasts."""
+        weights = [message["examples"] for message in messages] if weighted else None
+        x, buffers = (mean(group, messages, weights) for group in ("parameter", "buffer"))
+        state = put("parameter", x) | put("buffer", buffers) | {"lr": state["lr"] * lr_decay}
+        return state, state
 
 
 method = Method(

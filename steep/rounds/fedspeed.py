@@ -35,14 +35,12 @@ and FedSpeed without ascent 96 %. There the gain is the duals'; the ascent does 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
 
-from steep.batches import Loader
 from steep.method import Method, Paper, log_uniform
 from steep.rounds._federated import (
     Federation,
@@ -51,7 +49,6 @@ from steep.rounds._federated import (
     State,
     Tensors,
     add,
-    check_local_sgd,
     clip,
     descend,
     mean,
@@ -63,64 +60,10 @@ from steep.rounds._federated import (
 )
 from steep.utils.validation import require
 
-DualAverage = Literal["all", "active", "none"]
+_DualAverage = Literal["all", "active", "none"]
 
 
-def client_step(
-    state: State,
-    received: Message,
-    batches: Iterable[Any],
-    *,
-    oracle: Oracle,
-    prox: float,
-    rho: float,
-    alpha: float,
-    dual_average: DualAverage,
-    normalize_ascent: bool,
-    weight_decay: float,
-    clip_norm: float,
-) -> tuple[State, Message]:
-    """Local steps with proximal term and dual; the new state holds the new dual (none is a dual of zero)."""
-    start, buffers, losses = take("parameter", received), take("buffer", received), []
-    x, dual = start, take("dual", state) or zeros(start)
-    for batch in batches:
-        seen = oracle(x, buffers, batch)
-        direction = seen.gradient
-        if rho > 0 and alpha > 0:
-            reach = rho / (norm(direction) + 1e-7) if normalize_ascent else rho
-            ascended = oracle(add(x, scale(direction, reach)), buffers, batch).gradient
-            direction = ascended if alpha == 1 else add(scale(direction, 1 - alpha), ascended, alpha)
-        if prox > 0:
-            direction = add(add(direction, add(x, start, -1), prox), dual, -1)
-        x, buffers = descend(x, clip(direction, clip_norm), received["lr"], weight_decay), seen.buffers
-        losses.append(seen.losses)
-    if prox > 0 and dual_average != "none":
-        dual = add(dual, add(x, start, -1), -prox)
-        state = state | put("dual", dual)
-        x = add(x, dual, -1 / prox) if dual_average == "active" else x
-    return state, put("parameter", x) | put("buffer", buffers) | {"losses": torch.cat(losses)}
-
-
-def server_step(
-    state: State,
-    messages: Sequence[Message],
-    *,
-    num_clients: int,
-    prox: float,
-    dual_average: DualAverage,
-    lr_decay: float,
-) -> tuple[State, Message]:
-    """Average the clients' models; with ```dual_average="all"``` add the mean of -lambda g_i, kept as ``offset``."""
-    x, buffers = mean("parameter", messages), mean("buffer", messages)
-    offset: Tensors = {}
-    if prox > 0 and dual_average == "all":
-        moved = add(x, take("parameter", state), -1)
-        offset = add(take("offset", state) or zeros(x), moved, len(messages) / num_clients)
-        x = add(x, offset)
-    broadcast = put("parameter", x) | put("buffer", buffers) | {"lr": state["lr"] * lr_decay}
-    return broadcast | put("offset", offset), broadcast
-
-
+@dataclass(kw_only=True, eq=False)
 class FedSpeed(Federation):
     """Federated learning with a proximal term, a dual per client against its bias, and sharpness-aware local gradients.
 
@@ -167,47 +110,77 @@ class FedSpeed(Federation):
         ...     pass  # `model` holds the server's model; `losses` are those of the round
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        clients: Sequence[Loader],
-        local_step: Callable[[nn.Module, Any], Tensor],
+    lr_decay: float = 0.998
+    prox: float = 0.1
+    rho: float = 0.1
+    alpha: float = 1.0
+    dual_average: _DualAverage = "all"
+    normalize_ascent: bool = True
+    weight_decay: float = 1e-3
+    clip_norm: float = 10.0
+
+    def _check(self) -> None:
+        super()._check()
+        require("prox", self.prox, self.prox >= 0, "at least 0")
+        require("rho", self.rho, self.rho >= 0, "at least 0")
+        require("alpha", self.alpha, 0 <= self.alpha <= 1, "in [0, 1]")
+        known = self.dual_average in get_args(_DualAverage)
+        require("dual_average", self.dual_average, known, "'all', 'active' or 'none'")
+
+    @staticmethod
+    def client_step(
+        state: State,
+        received: Message,
+        batches: Iterable[Any],
         *,
-        generator: torch.Generator,
-        fraction: float = 0.25,
-        local_steps: int = 20,
-        lr: float = 0.1,
-        lr_decay: float = 0.998,
-        prox: float = 0.1,
-        rho: float = 0.1,
-        alpha: float = 1.0,
-        dual_average: DualAverage = "all",
-        normalize_ascent: bool = True,
-        weight_decay: float = 1e-3,
-        clip_norm: float = 10.0,
-    ):
-        check_local_sgd(lr, lr_decay, weight_decay, clip_norm)
-        require("prox", prox, prox >= 0, "at least 0")
-        require("rho", rho, rho >= 0, "at least 0")
-        require("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-        require("dual_average", dual_average, dual_average in get_args(DualAverage), "'all', 'active' or 'none'")
-        local = partial(
-            client_step,
-            oracle=Oracle(model, local_step),
-            prox=prox,
-            rho=rho,
-            alpha=alpha,
-            dual_average=dual_average,
-            normalize_ascent=normalize_ascent,
-            weight_decay=weight_decay,
-            clip_norm=clip_norm,
-        )
-        central = partial(
-            server_step, num_clients=len(clients), prox=prox, dual_average=dual_average, lr_decay=lr_decay
-        )
-        super().__init__(
-            model, clients, local, central, lr=lr, fraction=fraction, local_steps=local_steps, generator=generator
-        )
+        oracle: Oracle,
+        prox: float,
+        rho: float,
+        alpha: float,
+        dual_average: _DualAverage,
+        normalize_ascent: bool,
+        weight_decay: float,
+        clip_norm: float,
+    ) -> tuple[State, Message]:
+        """Local steps with proximal term and dual; the new state holds the new dual (none is a dual of zero)."""
+        start, buffers, losses = take("parameter", received), take("buffer", received), []
+        x, dual = start, take("dual", state) or zeros(start)
+        for batch in batches:
+            seen = oracle(x, buffers, batch)
+            direction = seen.gradient
+            if rho > 0 and alpha > 0:
+                reach = rho / (norm(direction) + 1e-7) if normalize_ascent else rho
+                ascended = oracle(add(x, scale(direction, reach)), buffers, batch).gradient
+                direction = ascended if alpha == 1 else add(scale(direction, 1 - alpha), ascended, alpha)
+            if prox > 0:
+                direction = add(add(direction, add(x, start, -1), prox), dual, -1)
+            x, buffers = descend(x, clip(direction, clip_norm), received["lr"], weight_decay), seen.buffers
+            losses.append(seen.losses)
+        if prox > 0 and dual_average != "none":
+            dual = add(dual, add(x, start, -1), -prox)
+            state = state | put("dual", dual)
+            x = add(x, dual, -1 / prox) if dual_average == "active" else x
+        return state, put("parameter", x) | put("buffer", buffers) | {"losses": torch.cat(losses)}
+
+    @staticmethod
+    def server_step(
+        state: State,
+        messages: Sequence[Message],
+        *,
+        num_clients: int,
+        prox: float,
+        dual_average: _DualAverage,
+        lr_decay: float,
+    ) -> tuple[State, Message]:
+        """Average the clients' models; with ``dual_average="all"`` add the mean of -lambda g_i, kept as ``offset``."""
+        x, buffers = mean("parameter", messages), mean("buffer", messages)
+        offset: Tensors = {}
+        if prox > 0 and dual_average == "all":
+            moved = add(x, take("parameter", state), -1)
+            offset = add(take("offset", state) or zeros(x), moved, len(messages) / num_clients)
+            x = add(x, offset)
+        broadcast = put("parameter", x) | put("buffer", buffers) | {"lr": state["lr"] * lr_decay}
+        return broadcast | put("offset", offset), broadcast
 
 
 method = Method(

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 
 import steep
 from steep.rounds import _federated as fed
-from steep.rounds import fedavg
 from steep.rounds.fedavg import FedAvg
 from steep.utils.randomness import Stream
 
@@ -175,12 +174,13 @@ def test_steps_do_not_change_what_they_are_given():
     received = fed.snapshot(model) | {"lr": 0.1}
     state, before = {"examples": 7}, copy.deepcopy(received)
     batches = list(fed.local_batches(loader, 3, Stream(0, "")))
-    after, message = fedavg.client_step(state, received, batches, oracle=fed.Oracle(model, losses_of))
+    hyper = {"oracle": fed.Oracle(model, losses_of), "weight_decay": 0.0, "clip_norm": math.inf}
+    after, message = FedAvg.client_step(state, received, batches, **hyper)
     assert after == state == {"examples": 7}
     assert message["examples"] == 7
     assert all(torch.equal(received[k], v) for k, v in before.items() if k != "lr")
     sent = copy.deepcopy(message)
-    server, broadcast = fedavg.server_step(received, [message, message], lr_decay=0.5)
+    server, broadcast = FedAvg.server_step(received, [message, message], weighted=True, lr_decay=0.5)
     assert broadcast["lr"] == 0.05
     assert received["lr"] == 0.1
     assert all(torch.equal(message[k], v) for k, v in sent.items() if isinstance(v, torch.Tensor))

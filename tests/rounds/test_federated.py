@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -34,15 +35,11 @@ def make_model(seed=0, dropout=0.0):
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(dropout), nn.Tanh(), nn.Linear(5, 3))
 
 
-def average(state, messages):
-    x = fed.put("parameter", fed.mean("parameter", messages)) | fed.put("buffer", fed.mean("buffer", messages))
-    return x | {"lr": state["lr"]}, x | {"lr": state["lr"]}
+class Toy(fed.Federation):
+    """Local SGD and a plain mean; a client also counts its visits in its state."""
 
-
-def counting_sgd(oracle):
-    """A toy client that also counts its visits in its state."""
-
-    def client_step(state, received, batches):
+    @staticmethod
+    def client_step(state, received, batches, *, oracle):
         x, buffers, losses = fed.take("parameter", received), fed.take("buffer", received), []
         for batch in batches:
             seen = oracle(x, buffers, batch)
@@ -51,16 +48,16 @@ def counting_sgd(oracle):
         state = state | {"visits": state.get("visits", 0) + 1}
         return state, fed.put("parameter", x) | fed.put("buffer", buffers) | {"losses": torch.cat(losses)}
 
-    return client_step
+    @staticmethod
+    def server_step(state, messages):
+        x = fed.put("parameter", fed.mean("parameter", messages)) | fed.put("buffer", fed.mean("buffer", messages))
+        return x | {"lr": state["lr"]}, x | {"lr": state["lr"]}
 
 
-def make_rounds(model=None, clients=None, *, local_step=losses_of, seed=0, fraction=0.5, local_steps=3, lr=0.1):
+def make_rounds(model=None, clients=None, *, local_step=losses_of, seed=0, **hyper):
     model, clients = model or make_model(), clients or make_clients()
-    step = counting_sgd(fed.Oracle(model, local_step))
-    generator = torch.Generator().manual_seed(seed)
-    return fed.Federation(
-        model, clients, step, average, lr=lr, fraction=fraction, local_steps=local_steps, generator=generator
-    )
+    hyper = {"fraction": 0.5, "local_steps": 3, "lr": 0.1} | hyper
+    return Toy(model, clients, local_step, generator=torch.Generator().manual_seed(seed), **hyper)
 
 
 def equal(a, b):
@@ -271,10 +268,10 @@ def test_local_batches_pass_over_the_data_again_and_again():
 def test_a_round_yields_losses_and_leaves_the_servers_model_in_the_model():
     rounds = make_rounds()
     losses = next(rounds)
-    sizes = [sum(len(b[0]) for b in fed.local_batches(loader, 3, Stream(0, ""))) for loader in rounds.loaders]
+    sizes = [sum(len(b[0]) for b in fed.local_batches(loader, 3, Stream(0, ""))) for loader in rounds.clients]
     assert losses.ndim == 1
     assert not losses.requires_grad
-    visited = [i for i, state in enumerate(rounds.clients) if "visits" in state]
+    visited = [i for i, state in enumerate(rounds.states) if "visits" in state]
     assert len(losses) == sum(sizes[i] for i in visited)
     assert len(visited) == 2
     assert equal(fed.snapshot(rounds.model), {k: v for k, v in rounds.broadcast.items() if k != "lr"})
@@ -287,8 +284,8 @@ def test_clients_keep_their_state_and_the_others_keep_none():
     for _ in range(5):
         sampled.update(rounds.sample())
         next(rounds)
-    assert [state.get("visits", 0) for state in rounds.clients] == [sampled[i] for i in range(4)]
-    assert [state["examples"] for state in rounds.clients] == [7, 12, 6, 10]
+    assert [state.get("visits", 0) for state in rounds.states] == [sampled[i] for i in range(4)]
+    assert [state["examples"] for state in rounds.states] == [7, 12, 6, 10]
 
 
 def test_sampling_is_uniform_without_replacement():
@@ -360,8 +357,8 @@ def test_each_client_has_a_new_order_in_each_round():
 def test_every_message_and_state_is_plain_tensors_and_numbers():
     rounds = make_rounds()
     sent = []
-    step = rounds.client_step
-    rounds.client_step = lambda *args: sent.append(step(*args)) or sent[-1]
+    step = rounds.on_client
+    rounds.on_client = lambda *args: sent.append(step(*args)) or sent[-1]
     next(rounds)
     for content in [part for pair in sent for part in pair] + [rounds.server, rounds.broadcast]:
         assert all(isinstance(v, torch.Tensor | float | int) for v in content.values())
@@ -375,12 +372,12 @@ def test_every_message_and_state_is_plain_tensors_and_numbers():
 def test_clients_elsewhere_give_the_same_round():
     """What a back-end does: pickle state and broadcast, compute on another copy of the model, pickle the answer."""
     here, there = make_rounds(fraction=1.0), make_rounds(fraction=1.0)
-    away = counting_sgd(fed.Oracle(make_model(seed=99), losses_of))
+    away = partial(Toy.client_step, oracle=fed.Oracle(make_model(seed=99), losses_of))
 
     def remote(state, received, batches):
         return pickle.loads(pickle.dumps(away(*pickle.loads(pickle.dumps((state, received))), batches)))
 
-    there.client_step = remote
+    there.on_client = remote
     for _ in range(3):
         assert torch.equal(next(here), next(there))
     assert equal(here.server, there.server)
@@ -408,7 +405,7 @@ def test_resume_is_exact_with_loaders_that_have_their_own_generator():
     found += [next(second) for _ in range(3)]
     assert all(map(torch.equal, found, expected))
     assert equal(fed.snapshot(second.model), fed.snapshot(straight.model))
-    assert [s.get("visits") for s in second.clients] == [s.get("visits") for s in straight.clients]
+    assert [s.get("visits") for s in second.states] == [s.get("visits") for s in straight.states]
 
 
 def test_state_dict_is_not_changed_by_later_rounds():
@@ -434,12 +431,12 @@ def test_a_failed_round_changes_nothing_and_can_be_done_again():
 
     rounds, undisturbed = make_rounds(local_step=failing), make_rounds()
     next(rounds), next(undisturbed)
-    before, clients = fed.snapshot(rounds.model), list(rounds.clients)
+    before, clients = fed.snapshot(rounds.model), list(rounds.states)
     fail.append(1)
     with pytest.raises(RuntimeError, match="no power"):
         next(rounds)
     assert equal(fed.snapshot(rounds.model), before)
-    assert rounds.clients == clients
+    assert rounds.states == clients
     fail.clear()
     assert torch.equal(next(rounds), next(undisturbed))
 
@@ -475,6 +472,10 @@ def test_the_models_mode_and_gradients_are_left_alone():
         ({"fraction": float("nan")}, r"fraction=nan must be in \(0, 1\]"),
         ({"local_steps": 0}, r"local_steps=0 must be an integer >= 1"),
         ({"local_steps": 2.5}, r"local_steps=2.5 must be an integer >= 1"),
+        ({"lr": 0.0}, r"^lr=0.0 must be positive"),
+        ({"lr_decay": 1.1}, r"^lr_decay=1.1 must be in \(0, 1\]"),
+        ({"weight_decay": -1.0}, r"^weight_decay=-1.0 must be at least 0"),
+        ({"clip_norm": 0.0}, r"^clip_norm=0.0 must be positive \(math.inf: no clipping\)"),
     ],
 )
 def test_bad_arguments(change, message):
@@ -482,12 +483,19 @@ def test_bad_arguments(change, message):
         make_rounds(**change)
 
 
-def test_no_clients_is_an_unmet_need_with_its_remedy():
-    model = make_model()
-    with pytest.raises(
-        UnmetRequirement, match=r"Federation needs training data divided among clients: .*dirichlet_clients"
-    ):
-        fed.Federation(model, (), None, None, generator=torch.Generator(), lr=0.1, fraction=1.0, local_steps=1)
+def test_no_clients_is_an_unmet_requirement_with_its_remedy():
+    with pytest.raises(UnmetRequirement, match=r"Toy needs training data divided among clients: .*dirichlet_clients"):
+        Toy(make_model(), (), losses_of, generator=torch.Generator())
+
+
+def test_a_step_that_names_an_unknown_hyper_parameter_is_refused():
+    class Wrong(Toy):
+        @staticmethod
+        def server_step(state, messages, *, momentum):
+            return state, state
+
+    with pytest.raises(AttributeError, match="momentum"):
+        Wrong(make_model(), make_clients(), losses_of, generator=torch.Generator())
 
 
 def test_a_client_without_data_is_named():
@@ -503,22 +511,13 @@ def test_examples_are_counted_without_drawing():
             return super().__iter__()
 
     batches = Batches([(torch.randn(4, 6), torch.zeros(4).long()), (torch.randn(2, 6), torch.zeros(2).long())])
-    model, generator = make_model(), torch.Generator()
+    model = make_model()
     before = torch.get_rng_state()
-    rounds = fed.Federation(model, [batches], None, None, lr=1, fraction=1, local_steps=1, generator=generator)
+    rounds = make_rounds(model, [batches])
     assert torch.equal(torch.get_rng_state(), before)
-    assert rounds.clients == [{"examples": 6}]
+    assert rounds.states == [{"examples": 6}]
 
 
 def test_state_of_other_clients_is_refused():
     with pytest.raises(ValueError, match="the state is of 4 clients, this has 2"):
         make_rounds(clients=make_clients((4, 4))).load_state_dict(make_rounds().state_dict())
-
-
-def test_check_local_sgd_names_argument_value_and_range():
-    good = {"lr": 0.1, "lr_decay": 1.0, "weight_decay": 0.0, "clip_norm": math.inf}
-    fed.check_local_sgd(**good)
-    bad = {"lr": 0.0, "lr_decay": 1.1, "weight_decay": -1.0, "clip_norm": 0.0}
-    for name, value in bad.items():
-        with pytest.raises(ValueError, match=f"^{name}={value} must be "):
-            fed.check_local_sgd(**(good | {name: value}))

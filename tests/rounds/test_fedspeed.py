@@ -122,7 +122,7 @@ def test_first_rounds_match_numpy(dual_average, normalize, fraction):
         w, lr = np.mean(ends, axis=0) + (h.mean(0) if dual_average == "all" else 0), lr * 0.5
         np.testing.assert_allclose(next(rounds).numpy(), np.concatenate(seen), rtol=1e-8)
         np.testing.assert_allclose(model.weight.detach().numpy().ravel(), w, rtol=1e-8)
-        for i, state in enumerate(rounds.clients):
+        for i, state in enumerate(rounds.states):
             dual = fed.take("dual", state).get("weight")
             np.testing.assert_allclose(dual.numpy().ravel() if dual is not None else np.zeros(3), g[i], rtol=1e-8)
 
@@ -176,7 +176,7 @@ def test_without_duals_and_ascent_it_is_fedprox():
         w = np.mean(ends, axis=0)
         next(rounds)
         np.testing.assert_allclose(model.weight.detach().numpy().ravel(), w, rtol=1e-9)
-    assert all(set(state) == {"examples"} for state in rounds.clients)
+    assert all(set(state) == {"examples"} for state in rounds.states)
 
 
 # ---- limit cases, bit for bit
@@ -230,7 +230,7 @@ def solved(count=50, fraction=1.0, **hyper):
     for _ in range(count):
         next(rounds)
     gradients = (a @ (best - c)[..., None]).squeeze(2)
-    return (model.x.detach() - best).norm().item(), gradients, [fed.take("dual", s).get("x") for s in rounds.clients]
+    return (model.x.detach() - best).norm().item(), gradients, [fed.take("dual", s).get("x") for s in rounds.states]
 
 
 @pytest.mark.parametrize("dual_average", ["all", "active"])
@@ -264,7 +264,7 @@ def test_clients_never_sampled_keep_a_dual_of_zero():
         sampled.update(rounds.sample())
         next(rounds)
     assert 0 < len(sampled) < 6
-    for i, state in enumerate(rounds.clients):
+    for i, state in enumerate(rounds.states):
         assert bool(fed.take("dual", state)) == (i in sampled)
 
 
@@ -341,9 +341,9 @@ def test_steps_do_not_change_what_they_are_given(dual_average):
     hyper = {"prox": 0.1, "rho": 0.1, "alpha": 0.5, "normalize_ascent": True, "weight_decay": 0.1, "clip_norm": 1.0}
     batches = list(fed.local_batches(loader, 3, Stream(0, "")))
     oracle = fed.Oracle(model, losses_of)
-    after, message = fedspeed.client_step(state, received, batches, oracle=oracle, dual_average=dual_average, **hyper)
+    after, message = FedSpeed.client_step(state, received, batches, oracle=oracle, dual_average=dual_average, **hyper)
     sent = copy.deepcopy(message)
-    server, broadcast = fedspeed.server_step(
+    server, broadcast = FedSpeed.server_step(
         received, [message, message], num_clients=4, prox=0.1, dual_average=dual_average, lr_decay=0.5
     )
     for now, then in ((received, given[0]), (state, given[1]), (message, sent)):
@@ -362,11 +362,11 @@ def test_the_order_of_messages_does_not_matter(dual_average):
     messages = [{"parameter.w": torch.randn(40)} for _ in range(5)]
     state = {"parameter.w": torch.randn(40), "offset.w": torch.randn(40), "lr": 0.1}
     hyper = {"num_clients": 9, "prox": 0.1, "dual_average": dual_average, "lr_decay": 1.0}
-    forth, back = (fedspeed.server_step(state, m, **hyper)[0]["parameter.w"] for m in (messages, messages[::-1]))
+    forth, back = (FedSpeed.server_step(state, m, **hyper)[0]["parameter.w"] for m in (messages, messages[::-1]))
     torch.testing.assert_close(forth, back, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(forth, fedspeed.server_step(state, messages[1:], **hyper)[0]["parameter.w"])
+    assert not torch.allclose(forth, FedSpeed.server_step(state, messages[1:], **hyper)[0]["parameter.w"])
     with pytest.raises(ValueError, match="messages is empty"):
-        fedspeed.server_step(state, [], **hyper)
+        FedSpeed.server_step(state, [], **hyper)
 
 
 @pytest.mark.parametrize("dual_average", ["all", "active"])
