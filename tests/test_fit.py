@@ -114,7 +114,7 @@ def stopping_after(recipe, steps):
 @pytest.mark.parametrize("steps", [1, 6, 10, 13])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(regression, tmp_path, steps):
     path = tmp_path / "run.pt"
-    with pytest.raises(steep.Interrupted, match=rf"after step {steps}; go on with .*run\.pt"):
+    with pytest.raises(steep.Interrupted, match=rf"after step {steps}; resume with .*run\.pt"):
         fit(stopping_after(regression, steps), seed=4, checkpoint=path)
     resumed = fit(regression, seed=4, checkpoint=path)
     straight = fit(regression, seed=4)
