@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.utils.validation import nearest
 
 Role = Literal["embedding", "head", "convolution", "hidden", "norm", "bias", "other"]

@@ -14,7 +14,8 @@ from torch import nn
 import steep
 from steep.batches import Batch, count_examples
 from steep.loop.measure import Stopwatch
-from steep.loop.scoring import evaluating, score
+from steep.loop.modes import evaluating
+from steep.loop.scoring import score
 from steep.utils.files import write_atomic
 from steep.utils.randomness import Stream, stream_seed
 

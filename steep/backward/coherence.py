@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from steep.backward._conditions import check_vector
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.method import Choice, Method, Paper, uniform
 from steep.per_example import PerExample, Rows
 from steep.utils.validation import check_ranges, require

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep.batches import Data, Loader
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.method import Method, Paper, choice, uniform
 from steep.recipe import Recipe, Run, deferred
 from steep.requires import REQUIREMENTS, UnmetRequirement

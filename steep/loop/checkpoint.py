@@ -57,8 +57,8 @@ def _plain(value: Any, place: tuple[Any, ...]) -> Any:
             return value
         return inner if isinstance(value, list) else tuple(inner)
     raise CheckpointError(
-        f"cannot save {'.'.join(map(str, place))}: a {type(value).__name__} is neither a tensor, a number, a text nor a "
-        "dict or list of these. Have state_dict() return such values, from which load_state_dict() makes the object"
+        f"cannot save {'.'.join(map(str, place))}: a {type(value).__name__} is neither a tensor, a number, a text, nor "
+        "a dict or list of these. Have state_dict() return such values, from which load_state_dict() makes the object"
     )
 
 

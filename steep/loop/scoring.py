@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,30 +11,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from steep.batches import Batch, Loader
-from steep.loop.eval_weights import eval_weights
 from steep.recipe import Metric
-
-
-@contextmanager
-def evaluating(model: nn.Module, parts: Iterable[Any] = ()) -> Iterator[None]:
-    """Evaluation mode and evaluation weights, no gradients; every module's own mode is restored."""
-    # module by module: some layers of a model in training mode may be in evaluation mode on purpose
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack, torch.no_grad():
-        for part in parts:
-            stack.enter_context(eval_weights(part))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 def score(
     model: nn.Module, loader: Loader, loss: Callable[[Any, Any], Tensor], metric: Metric | None, device: torch.device
 ) -> dict[str, float]:
-    """Mean loss and metric over the examples of a loader; call it inside `evaluating`.
+    """Mean loss and metric over the examples of a loader; call it inside `steep.loop.modes.evaluating`.
 
     Raises:
         ValueError: the loader yields nothing.

@@ -19,7 +19,8 @@ from steep.batches import Batch
 from steep.loop.checkpoint import check_same_model
 from steep.loop.epochs import Epochs
 from steep.loop.measure import Stopwatch
-from steep.loop.scoring import evaluating, score
+from steep.loop.modes import evaluating, start_training
+from steep.loop.scoring import score
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements
 from steep.utils.randomness import Stream, generator
@@ -75,6 +76,8 @@ class Training:
         if isinstance(self.loss, nn.Module):
             self.loss = self.loss.to(self.device)
         self.score = recipe.build("score", self.run) or self.loss
+        if isinstance(self.score, nn.Module):
+            self.score = self.score.to(self.device)
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.build("backward", self.run)(self.model)
         # after the model is on its device: optimizers make state beside the parameters they are given
@@ -86,6 +89,8 @@ class Training:
         self.elapsed = self._before = 0  # steps of the budget
         self.evaluation_stream = Stream(seed, "evaluation")
         self.rounds = self._rounds(seed)
+        self.owned = [plain, self.loss, self.score, self.rule, *self.run.parts]
+        start_training([self.model, *self.owned])
         changing = (self.scheduler, self.run.data.train, self.loss, *self.run.parts)
         self.steps = [part.step for part in changing if hasattr(part, "step")]
         self.named = {"loss": self.loss, "rule": self.rule, "optimizer": plain, "rounds": self.rounds}
@@ -212,8 +217,7 @@ class Training:
 
     def evaluate(self, loader: Any) -> dict[str, float]:
         """Held-out scores, in evaluation mode, with evaluation weights, on random numbers of their own."""
-        parts = (self.named["optimizer"], self.loss, self.rule, *self.run.parts)
-        with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, parts):
+        with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, self.owned):
             return score(self.model, loader, self.score, self.recipe.metric, self.device)
 
     def record(self) -> dict[str, float]:

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.method import Method, Paper
 from steep.utils.validation import check_ranges, require
 

@@ -40,7 +40,7 @@ from torch.func import functional_call
 
 from steep.linalg import Estimate, Spectrum, density, flatten, hessian, hutchinson_trace, lanczos, on_vectors, unflatten
 from steep.linalg.vectors import MatVec
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.method import Method, Paper
 from steep.utils.files import write_atomic
 from steep.utils.validation import check_ranges, require

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 
-from steep.loop.scoring import evaluating
+from steep.loop.modes import evaluating
 from steep.method import Method, Paper
 from steep.per_example import PerExample
 from steep.utils.validation import check_ranges, require
