@@ -21,7 +21,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import chain
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from torch.optim import Optimizer
 
 Row = tuple[Tensor, ...]  # a parameter, its gradient, its state; or a column of such rows
 Scalars = Callable[[int], Mapping[str, Any]]
+Number = float | Tensor  # a scalar of a rule: a tensor where the rule is compiled
 
 GRAD = 1  # the place of the gradient in a row; never written
 ALONE = 2**16  # elements above which a tensor is worth calls of its own
@@ -341,27 +341,3 @@ def _kernels(function: Callable[..., Any], names: tuple[str, ...], flags: Any) -
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of state and arithmetic: float32 for half precision, where eps and small moments would vanish."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """What a given closure returns, called at once and with gradients on, as torch's contract has it."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def load_exactly(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """`Optimizer.load_state_dict` without its cast of the state of half-precision parameters to half precision."""
-    final: list[Mapping[str, Any]] = []  # what the user's own hooks made of state_dict
-    hook = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded))
-    try:
-        Optimizer.load_state_dict(optimizer, dict(state_dict))
-    finally:
-        hook.remove()
-    ids = chain.from_iterable(g["params"] for g in final[0]["param_groups"])
-    params = chain.from_iterable(g["params"] for g in optimizer.param_groups)
-    for i, p in zip(ids, params, strict=True):
-        for name, value in final[0]["state"].get(i, {}).items():
-            if name != "step" and working_dtype(p.dtype) != p.dtype:
-                optimizer.state[p][name] = value.to(p.device, working_dtype(p.dtype))

@@ -24,82 +24,20 @@ What differs, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, log_uniform
-from steep.optim._foreach import descend_, ema_, evaluated, load_exactly, sweep
-from steep.utils.validation import Ranges, check_ranges
-
-RANGES: Ranges = {"lr": "[0, inf)", "betas": ("(0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-
-
-def update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    s: Tensor,
-    s_max: Tensor | None = None,
-    *,
-    lr: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    eps: float | Tensor,
-    weight_decay: float | Tensor | None,
-    step_size: float | Tensor,
-    damping: float | Tensor,
-    adaptive: bool,
-    decoupled: bool,
-    maximize: bool,
-) -> None:
-    """One step on tensors of one shape, in place; `step_size` is lr and `damping` eps, corrected for t."""
-    if maximize:
-        g = -g
-    if weight_decay is not None and decoupled:
-        p.mul_(1 - lr * weight_decay)
-    elif weight_decay is not None:
-        g = g + weight_decay * p
-    ema_(m, g, beta1)
-    ema_(s, (g - m).square_(), beta2).add_(eps)
-    if s_max is not None:
-        s = s_max.copy_(torch.maximum(s_max, s))
-    descend_(p, step_size, m, s.sqrt().add_(damping) if adaptive else None)
+from steep.optim._base import Elementwise
+from steep.optim._foreach import Number, descend_, ema_
+from steep.utils.validation import Ranges
 
 
-def rectification(t: int, beta2: float) -> float | None:
-    """RAdam's factor of the step at step t, or None while the variance of the second moment is intractable."""
-    rho_inf = 2 / (1 - beta2) - 1
-    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
-    if rho < 5:
-        return None
-    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-
-
-def _scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
-    beta1, beta2 = map(float, group["betas"])
-    root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator, so that s needs no correction of its own
-    r = rectification(t, beta2) if group["rectify"] else 1.0
-    return {
-        "lr": float(group["lr"]),
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"] or None,
-        "step_size": float(group["lr"]) / (1 - beta1**t) * (r * root if r else 1.0),
-        "damping": group["eps"] * (1.0 if group["rectify"] else root),  # the authors' code does not correct r's
-        "adaptive": r is not None,
-        "decoupled": group["decoupled"],
-        "maximize": group["maximize"],
-    }
-
-
-class AdaBelief(Optimizer):
+class AdaBelief(Elementwise):
     """Adam whose second moment is the squared deviation of the gradient from its running mean: it takes long steps
     where gradients agree with their prediction and short ones where they surprise.
 
@@ -138,7 +76,12 @@ class AdaBelief(Optimizer):
         ['exp_avg', 'exp_avg_var', 'step']
     """
 
-    sharding = "any"
+    _ranges: ClassVar[Ranges] = {
+        "lr": "[0, inf)",
+        "betas": ("(0, 1)", "[0, 1)"),
+        "eps": "[0, inf)",
+        "weight_decay": "[0, inf)",
+    }
 
     def __init__(
         self,
@@ -159,21 +102,68 @@ class AdaBelief(Optimizer):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, **options, "foreach": foreach, "compile": compile})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_ranges({**self.defaults, **param_group}, RANGES)
-        super().add_param_group(param_group)
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_var", "max_exp_avg_var")[: 3 if group["amsgrad"] else 2]
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
+    @staticmethod
+    def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
+        beta1, beta2 = map(float, group["betas"])
+        root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator, so that s needs no correction of its own
+        r = _rectification(t, beta2) if group["rectify"] else 1.0
+        return {
+            "lr": float(group["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"] or None,
+            "step_size": float(group["lr"]) / (1 - beta1**t) * (r * root if r else 1.0),
+            "damping": group["eps"] * (1.0 if group["rectify"] else root),  # the authors' code does not correct r's
+            "adaptive": r is not None,
+            "decoupled": group["decoupled"],
+            "maximize": group["maximize"],
+        }
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            names = ("exp_avg", "exp_avg_var", "max_exp_avg_var")[: 3 if group["amsgrad"] else 2]
-            sweep(self, group, update, names, partial(_scalars, group))
-        return loss
+    @staticmethod
+    def _update(
+        p: Tensor,
+        g: Tensor,
+        m: Tensor,
+        s: Tensor,
+        s_max: Tensor | None = None,
+        *,
+        lr: Number,
+        beta1: Number,
+        beta2: Number,
+        eps: Number,
+        weight_decay: Number | None,
+        step_size: Number,
+        damping: Number,
+        adaptive: bool,
+        decoupled: bool,
+        maximize: bool,
+    ) -> None:
+        """One step on tensors of one shape, in place; `step_size` is lr and `damping` eps, corrected for t."""
+        if maximize:
+            g = -g
+        if weight_decay is not None and decoupled:
+            p.mul_(1 - lr * weight_decay)
+        elif weight_decay is not None:
+            g = g + weight_decay * p
+        ema_(m, g, beta1)
+        ema_(s, (g - m).square_(), beta2).add_(eps)
+        if s_max is not None:
+            s = s_max.copy_(torch.maximum(s_max, s))
+        descend_(p, step_size, m, s.sqrt().add_(damping) if adaptive else None)
+
+
+def _rectification(t: int, beta2: float) -> float | None:
+    """RAdam's factor of the step at step t, or None while the variance of the second moment is intractable."""
+    rho_inf = 2 / (1 - beta2) - 1
+    rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+    if rho < 5:
+        return None
+    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 
 method = Method(

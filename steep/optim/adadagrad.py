@@ -37,28 +37,29 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 
 from steep.batches import Data, Loader
 from steep.method import Method, Paper, choice, log_uniform
-from steep.optim._foreach import check_kind, evaluated, load_exactly, working_dtype
+from steep.optim._base import BaseOptimizer
+from steep.optim._foreach import check_kind, working_dtype
 from steep.optim._growing import GrowingBatches
 from steep.per_example import PerExample, Rows
 from steep.per_example.parts import height
 from steep.recipe import Mean, Recipe, Run, deferred
 from steep.utils.validation import Ranges, check_ranges, require, require_whole
 
-TESTS = ("norm", "inner-product", "augmented", "coordinate-wise")
-ADAPT = ("coordinate", "row", "norm")
+_TESTS = ("norm", "inner-product", "augmented", "coordinate-wise")
+_ADAPT = ("coordinate", "row", "norm")
 
 
 @dataclass
-class Moments:
+class _Moments:
     """Of the gradients of n examples: their mean, and their squared deviations from it, summed, in float64.
 
     Args:
@@ -72,7 +73,7 @@ class Moments:
     spread: list[Tensor]
     along: float = 0.0
 
-    def joined(self, other: Moments) -> Moments:
+    def joined(self, other: _Moments) -> _Moments:
         """Those of both together: deviations within each and, of their means, between them."""
         n = self.n + other.n
         moved = [b - a for a, b in zip(self.mean, other.mean, strict=True)]
@@ -80,7 +81,7 @@ class Moments:
         if len(self.spread) == 1 and self.spread[0].ndim == 0:
             between = [sum(d.sum() for d in between)]  # type: ignore[list-item]
         spread = [a + b + d for a, b, d in zip(self.spread, other.spread, between, strict=True)]
-        return Moments(n, [a + d * (other.n / n) for a, d in zip(self.mean, moved, strict=True)], spread)
+        return _Moments(n, [a + d * (other.n / n) for a, d in zip(self.mean, moved, strict=True)], spread)
 
     def demand(self, test: str, eta: float, nu: float) -> float:
         """The batch size that the test asks for, a real number; 0 where the mean is zero."""
@@ -104,25 +105,22 @@ def _square(tensors: list[Tensor]) -> float:
     return float(sum(t.double().square().sum() for t in tensors))
 
 
-def moments(rows: Rows, test: str) -> tuple[Moments, tuple[Tensor | None, ...]]:
+def _moments(rows: Rows, test: str) -> tuple[_Moments, tuple[Tensor | None, ...]]:
     """What a test needs to know of the rows; and their mean, `None` for unused parameters."""
     n, mean = len(rows), rows.mean()
     known = [torch.zeros_like(p) if g is None else g for p, g in zip(rows.params, mean, strict=True)]
     if test == "coordinate-wise":
-        columns = zip(rows.params, rows.columnwise(deviations), strict=True)
-        return Moments(n, known, [p.new_zeros(p.shape).double() if s is None else s for p, s in columns]), mean
+        columns = zip(rows.params, rows.columnwise(_deviations), strict=True)
+        return _Moments(n, known, [p.new_zeros(p.shape).double() if s is None else s for p, s in columns]), mean
     spread = (rows.norms().square().sum() - n * _square(known)).clamp(min=0)
-    along = 0.0 if test == "norm" else float(deviations(rows.jvp(known)[:, None]))
-    return Moments(n, known, [spread], along), mean
+    along = 0.0 if test == "norm" else float(_deviations(rows.jvp(known)[:, None]))
+    return _Moments(n, known, [spread], along), mean
 
 
-def deviations(columns: Tensor) -> Tensor:
+def _deviations(columns: Tensor) -> Tensor:
     """Squared deviations from their mean, summed over each of the columns: (B, n) to (n,), float64."""
     columns = columns.double()
     return (columns - columns.mean(0)).square().sum(0)
-
-
-RANGES: Ranges = {"eta": "(0, inf)", "nu": "(0, inf)"}
 
 
 class AdaptiveBatchSize:
@@ -170,12 +168,12 @@ class AdaptiveBatchSize:
     def __init__(
         self, model: nn.Module, batches: Any, test: str = "norm", eta: float = 0.5, nu: float = 1.0, interval: int = 1
     ):
-        require("test", test, test in TESTS, f"one of {', '.join(TESTS)}")
-        check_ranges({"eta": eta, "nu": nu}, RANGES)
+        require("test", test, test in _TESTS, f"one of {', '.join(_TESTS)}")
+        check_ranges({"eta": eta, "nu": nu}, {"eta": "(0, inf)", "nu": "(0, inf)"})
         require_whole("interval", interval, 1)
         self.batches, self.test, self.eta, self.nu, self.interval = batches, test, eta, nu, interval
         self.engine, self.steps, self.demand = PerExample(model), 0, 0.0
-        self._found: Moments | None = None
+        self._found: _Moments | None = None
         self._seen = 0
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
@@ -188,12 +186,12 @@ class AdaptiveBatchSize:
         if (self.steps + 1) % self.interval or self.batches.batch_size >= self.batches.maximum:
             return Mean()(losses, scale=scale)
         rows = self.engine.rows(losses)
-        found, mean = moments(rows, self.test)
+        found, mean = _moments(rows, self.test)
         self._found = found if self._found is None else self._join(self._found, found)
         self._seen = self._version()
         rows.fill(lambda: [None if g is None else g * scale for g in mean])
 
-    def _join(self, first: Moments, second: Moments) -> Moments:
+    def _join(self, first: _Moments, second: _Moments) -> _Moments:
         if self._seen != self._version():
             raise RuntimeError("the batch before was not tested: call rule.step() after optimizer.step()")
         if self.test not in ("norm", "coordinate-wise"):
@@ -224,7 +222,7 @@ class AdaptiveBatchSize:
         return f"AdaptiveBatchSize(test={self.test!r}, eta={self.eta}, nu={self.nu}, interval={self.interval})"
 
 
-class AdaGradNorm(Optimizer):
+class AdaGradNorm(BaseOptimizer):
     """AdaGrad with one step length for all parameters: lr over the root of all squared gradient norms so far.
 
     A non-finite gradient is not absorbed: it makes its parameter non-finite, unless the step is skipped (as
@@ -252,6 +250,8 @@ class AdaGradNorm(Optimizer):
         tensor([2.4000, 3.2000], requires_grad=True)
     """
 
+    _ranges: ClassVar[Ranges] = {"lr": "[0, inf)", "initial_accumulator_value": "(0, inf)", "weight_decay": "[0, inf)"}
+
     def __init__(
         self,
         params: ParamsT,
@@ -263,18 +263,7 @@ class AdaGradNorm(Optimizer):
         numbers = {"lr": lr, "initial_accumulator_value": initial_accumulator_value, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, "row_wise": row_wise})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        ranges: Ranges = {"lr": "[0, inf)", "initial_accumulator_value": "(0, inf)", "weight_decay": "[0, inf)"}
-        check_ranges({**self.defaults, **param_group}, ranges)
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
+    def _step(self) -> None:
         moving = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         descents = [self._accumulate(group, p) for group, p in moving]
         whole = [p for group in self.param_groups if not group["row_wise"] for p in group["params"]]
@@ -283,7 +272,6 @@ class AdaGradNorm(Optimizer):
             own = self.state[p]["sum"].view(p.shape[:1] + (1,) * (p.ndim - 1)) if group["row_wise"] else None
             total = sum(s.to(p.device) for s in sums) if own is None else own
             p.sub_(g * (group["lr"] / (total + group["initial_accumulator_value"]).sqrt()))
-        return loss
 
     def _accumulate(self, group: dict[str, Any], p: Tensor) -> Tensor:
         """Add a gradient's squares to the parameter's sums; the gradient with the penalty's."""
@@ -339,7 +327,7 @@ def adadagrad(
 
 
 def _optimizer(params: Any, lr: float = 0.05, adapt: str = "coordinate") -> Optimizer:
-    require("adapt", adapt, adapt in ADAPT, f"one of {', '.join(ADAPT)}")
+    require("adapt", adapt, adapt in _ADAPT, f"one of {', '.join(_ADAPT)}")
     check_ranges({"lr": lr}, {"lr": "[0, inf)"})
     return Adagrad(params, lr=lr) if adapt == "coordinate" else AdaGradNorm(params, lr=lr, row_wise=adapt == "row")
 
@@ -367,7 +355,7 @@ method = Method(
     changes="optim",
     make=adadagrad,
     apply=_apply,
-    search_space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*ADAPT)},
+    search_space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*_ADAPT)},
     requires=AdaptiveBatchSize.requires,
     test_values={"initial": 4, "maximum": 16, "test": "inner-product", "eta": 2.0},
     performance_flags={"nu"},  # of the augmented test only

@@ -26,55 +26,27 @@ w = f w - lr u with one factor f per row, which holds the decay and the part of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, log_uniform
-from steep.optim._foreach import RowRule, descend_, ema_, evaluated, load_exactly, sweep, sweep_rows
-from steep.utils.validation import Ranges, check_ranges
+from steep.optim._base import BaseOptimizer
+from steep.optim._foreach import Number, RowRule, descend_, ema_, sweep, sweep_rows
+from steep.utils.validation import Ranges
 
-Number = float | Tensor
-
-COMMON: Ranges = {
+_RANGES: Ranges = {
     "lr": "[0, inf)",
     "weight_decay": "[0, inf)",
     "delta": "[0, inf)",
     "wd_ratio": "[0, 1]",
     "eps": "[0, inf)",
 }
-ADAM_RANGES: Ranges = {**COMMON, "betas": ("[0, 1)", "[0, 1)")}
-SGD_RANGES: Ranges = {**COMMON, "momentum": "[0, 1)", "dampening": "[0, 1)"}
-
-
-def adam(
-    u: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    *,
-    beta1: Number,
-    beta2: Number,
-    damping: Number,
-    nesterov: bool,
-    **_: Any,
-) -> None:
-    """Take g into Adam's moments and fill u, up to its factor in t."""
-    ema_(m, g, beta1)
-    ema_(v, g.square(), beta2)
-    torch.div(beta1 * m + (1 - beta1) * g if nesterov else m, v.sqrt().add_(damping), out=u)
-
-
-def sgd(u: Tensor, g: Tensor, b: Tensor, *, momentum: Number, dampening: Number, nesterov: bool, **_: Any) -> None:
-    """Take g into the momentum and fill u."""
-    b.mul_(momentum).add_(g * (1 - dampening))
-    u.copy_(g + momentum * b if nesterov else b)
 
 
 def _plain(direction: Callable[..., None], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
@@ -122,40 +94,41 @@ def _apply(w: Tensor, u: Tensor, factor: Tensor, *, step_size: Number, **_: Any)
     descend_(w.mul_(factor), step_size, u)
 
 
-ADAM = RowRule(partial(_measure, adam), _decide, _apply)
-SGD = RowRule(partial(_measure, sgd), _decide, _apply)
-ADAM_PLAIN, SGD_PLAIN = partial(_plain, adam), partial(_plain, sgd)
+@cache  # compiled kernels are kept per function, so a direction must always have the same ones
+def _rules(direction: Callable[..., None]) -> tuple[RowRule, Callable[..., None]]:
+    """How to step parameters that may be projected, and those that never are."""
+    return RowRule(partial(_measure, direction), _decide, _apply), partial(_plain, direction)
 
 
-def _adam_scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
-    beta1, beta2 = map(float, group["betas"])
-    root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator of u, so that v needs no correction
-    lr, same = float(group["lr"]), ("eps", "delta", "wd_ratio", "nesterov", "maximize")
-    own = {"beta1": beta1, "beta2": beta2, "damping": group["eps"] * root, "step_size": lr * root / (1 - beta1**t)}
-    return {**own, "decay": lr * group["weight_decay"], **{name: group[name] for name in same}}
+class _ProjectedOptimizer(BaseOptimizer):
+    """What AdamP and SGDP share: all but the direction u, its state and its scalars."""
+
+    _state_names: tuple[str, ...]
+
+    @staticmethod
+    def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @staticmethod
+    def _direction(u: Tensor, g: Tensor, *state: Any, **scalars: Any) -> None:
+        """Take g into the state and fill u."""
+        raise NotImplementedError
+
+    def _step(self) -> None:
+        rule, plain = _rules(self._direction)
+        for group in self.param_groups:
+            scalars = partial(self._scalars, group)
+            wide = [p for p in group["params"] if p.ndim > 1]
+            sweep_rows(self, group, rule, self._state_names, scalars, wide, ("projected",))
+            sweep(self, group, plain, self._state_names, scalars, [p for p in group["params"] if p.ndim <= 1])
+
+    def projected_fraction(self) -> float:
+        """How many of the parameters of at least two dimensions their last step projected, in [0, 1]."""
+        flags = [s["projected"] for s in self.state.values() if "projected" in s]
+        return torch.stack(flags).mean().item() if flags else 0.0
 
 
-def _sgd_scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
-    lr, same = float(group["lr"]), ("momentum", "dampening", "eps", "delta", "wd_ratio", "nesterov", "maximize")
-    decay = lr * group["weight_decay"] / (1 - group["momentum"])
-    return {"step_size": lr, "decay": decay, **{name: group[name] for name in same}}
-
-
-def _step(
-    optimizer: Optimizer, rule: RowRule, plain: Callable[..., None], names: tuple[str, ...], scalars: Any
-) -> None:
-    for group in optimizer.param_groups:
-        wide = [p for p in group["params"] if p.ndim > 1]
-        sweep_rows(optimizer, group, rule, names, partial(scalars, group), wide, ("projected",))
-        sweep(optimizer, group, plain, names, partial(scalars, group), [p for p in group["params"] if p.ndim <= 1])
-
-
-def _projected_fraction(optimizer: Optimizer) -> float:
-    flags = [s["projected"] for s in optimizer.state.values() if "projected" in s]
-    return torch.stack(flags).mean().item() if flags else 0.0
-
-
-class AdamP(Optimizer):
+class AdamP(_ProjectedOptimizer):
     """AdamW that takes no step along weights whose length does not matter (those before a normalization layer), which
     keeps momentum from making them longer and their effective steps shorter.
 
@@ -193,6 +166,9 @@ class AdamP(Optimizer):
         1.0
     """
 
+    _ranges: ClassVar[Ranges] = {**_RANGES, "betas": ("[0, 1)", "[0, 1)")}
+    _state_names = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
@@ -212,26 +188,34 @@ class AdamP(Optimizer):
         options = {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "compile": compile}
         super().__init__(params, {**numbers, "wd_ratio": wd_ratio, **options})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_ranges({**self.defaults, **param_group}, ADAM_RANGES)
-        super().add_param_group(param_group)
+    @staticmethod
+    def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
+        beta1, beta2 = map(float, group["betas"])
+        root = math.sqrt(1 - beta2**t)  # multiplies numerator and denominator of u, so that v needs no correction
+        lr, same = float(group["lr"]), ("eps", "delta", "wd_ratio", "nesterov", "maximize")
+        own = {"beta1": beta1, "beta2": beta2, "damping": group["eps"] * root, "step_size": lr * root / (1 - beta1**t)}
+        return {**own, "decay": lr * group["weight_decay"], **{name: group[name] for name in same}}
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
+    @staticmethod
+    def _direction(
+        u: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor,
+        *,
+        beta1: Number,
+        beta2: Number,
+        damping: Number,
+        nesterov: bool,
+        **_: Any,
+    ) -> None:
+        """Take g into Adam's moments and fill u, up to its factor in t."""
+        ema_(m, g, beta1)
+        ema_(v, g.square(), beta2)
+        torch.div(beta1 * m + (1 - beta1) * g if nesterov else m, v.sqrt().add_(damping), out=u)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
-        _step(self, ADAM, ADAM_PLAIN, ("exp_avg", "exp_avg_sq"), _adam_scalars)
-        return loss
 
-    def projected_fraction(self) -> float:
-        """How many of the parameters of at least two dimensions their last step projected, in [0, 1]."""
-        return _projected_fraction(self)
-
-
-class SGDP(Optimizer):
+class SGDP(_ProjectedOptimizer):
     """Momentum SGD that takes no step along weights whose length does not matter (those before a normalization
     layer), which keeps momentum from making them longer and their effective steps shorter.
 
@@ -267,6 +251,9 @@ class SGDP(Optimizer):
         1.0
     """
 
+    _ranges: ClassVar[Ranges] = {**_RANGES, "momentum": "[0, 1)", "dampening": "[0, 1)"}
+    _state_names = ("momentum_buffer",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -288,23 +275,19 @@ class SGDP(Optimizer):
         options = {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "compile": compile}
         super().__init__(params, {**numbers, **projection, **options})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_ranges({**self.defaults, **param_group}, SGD_RANGES)
-        super().add_param_group(param_group)
+    @staticmethod
+    def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
+        lr, same = float(group["lr"]), ("momentum", "dampening", "eps", "delta", "wd_ratio", "nesterov", "maximize")
+        decay = lr * group["weight_decay"] / (1 - group["momentum"])
+        return {"step_size": lr, "decay": decay, **{name: group[name] for name in same}}
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
-        _step(self, SGD, SGD_PLAIN, ("momentum_buffer",), _sgd_scalars)
-        return loss
-
-    def projected_fraction(self) -> float:
-        """How many of the parameters of at least two dimensions their last step projected, in [0, 1]."""
-        return _projected_fraction(self)
+    @staticmethod
+    def _direction(
+        u: Tensor, g: Tensor, b: Tensor, *, momentum: Number, dampening: Number, nesterov: bool, **_: Any
+    ) -> None:
+        """Take g into the momentum and fill u."""
+        b.mul_(momentum).add_(g * (1 - dampening))
+        u.copy_(g + momentum * b if nesterov else b)
 
 
 _paper = Paper(

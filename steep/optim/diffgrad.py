@@ -19,62 +19,19 @@ What differs, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT, StateDict
+from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, choice, log_uniform
-from steep.optim._foreach import descend_, ema_, evaluated, load_exactly, sweep
-from steep.utils.validation import Ranges, check_ranges
-
-RANGES: Ranges = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-STATE = ("exp_avg", "exp_avg_sq", "previous_grad")
+from steep.optim._base import Elementwise
+from steep.optim._foreach import Number, descend_, ema_
+from steep.utils.validation import Ranges
 
 
-def update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    previous: Tensor,
-    *,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    eps: float | Tensor,
-    weight_decay: float | Tensor | None,
-    step_size: float | Tensor,
-    maximize: bool,
-) -> None:
-    """One step on tensors of one shape, in place; `step_size` is lr with the corrections of both biases."""
-    if maximize:
-        g = -g
-    if weight_decay is not None:
-        g = g + weight_decay * p
-    ema_(m, g, beta1)
-    ema_(v, g.square(), beta2)
-    friction = (previous - g).abs_().sigmoid_()
-    previous.copy_(g)
-    descend_(p, step_size, friction.mul_(m), v.sqrt().add_(eps))
-
-
-def _scalars(group: dict[str, Any], t: int) -> dict[str, Any]:
-    beta1, beta2 = map(float, group["betas"])
-    return {
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group["eps"],
-        "weight_decay": group["weight_decay"] or None,
-        "step_size": float(group["lr"]) * math.sqrt(1 - beta2**t) / (1 - beta1**t),
-        "maximize": group["maximize"],
-    }
-
-
-class DiffGrad(Optimizer):
+class DiffGrad(Elementwise):
     """Adam with a friction: each element's step is scaled by the sigmoid of how much its gradient has just changed,
     which halves it on flat ground and near a minimum and leaves it nearly whole where the gradient changes fast.
 
@@ -99,6 +56,7 @@ class DiffGrad(Optimizer):
     Paper: arXiv 1909.11015.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(4, 1)
         >>> optimizer = DiffGrad(model.parameters(), lr=1e-3)
         >>> for _ in range(3):
@@ -109,7 +67,12 @@ class DiffGrad(Optimizer):
         ['exp_avg', 'exp_avg_sq', 'previous_grad', 'step']
     """
 
-    sharding = "any"
+    _ranges: ClassVar[Ranges] = {
+        "lr": "[0, inf)",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "eps": "[0, inf)",
+        "weight_decay": "[0, inf)",
+    }
 
     def __init__(
         self,
@@ -126,20 +89,47 @@ class DiffGrad(Optimizer):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, "maximize": maximize, "foreach": foreach, "compile": compile})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_ranges({**self.defaults, **param_group}, RANGES)
-        super().add_param_group(param_group)
+    @staticmethod
+    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq", "previous_grad"
 
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
+    @staticmethod
+    def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
+        beta1, beta2 = map(float, group["betas"])
+        return {
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"] or None,
+            "step_size": float(group["lr"]) * math.sqrt(1 - beta2**t) / (1 - beta1**t),
+            "maximize": group["maximize"],
+        }
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
-        for group in self.param_groups:
-            sweep(self, group, update, STATE, partial(_scalars, group))
-        return loss
+    @staticmethod
+    def _update(
+        p: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor,
+        previous: Tensor,
+        *,
+        beta1: Number,
+        beta2: Number,
+        eps: Number,
+        weight_decay: Number | None,
+        step_size: Number,
+        maximize: bool,
+    ) -> None:
+        """One step on tensors of one shape, in place; `step_size` is lr with the corrections of both biases."""
+        if maximize:
+            g = -g
+        if weight_decay is not None:
+            g = g + weight_decay * p
+        ema_(m, g, beta1)
+        ema_(v, g.square(), beta2)
+        friction = (previous - g).abs_().sigmoid_()
+        previous.copy_(g)
+        descend_(p, step_size, friction.mul_(m), v.sqrt().add_(eps))
 
 
 method = Method(

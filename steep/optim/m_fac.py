@@ -36,37 +36,30 @@ What differs, and why:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from steep.method import Method, Paper, log_uniform
-from steep.optim._foreach import check_kind, evaluated, load_exactly, working_dtype
+from steep.optim._base import BaseOptimizer
+from steep.optim._foreach import check_kind, working_dtype
 from steep.utils.validation import Ranges, check_ranges, require
 
-RANGES: Ranges = {
-    "lr": "[0, inf)",
-    "ngrads": "[1, inf)",
-    "damping": "(0, inf)",
-    "momentum": "[0, 1)",
-    "weight_decay": "[0, inf)",
-}
-PIECE = 2**17  # numbers of G taken to float64 at a time: as many as stay in the cache until they are used
-LARGE = 2**33  # bytes of G above which a warning is due
+_PIECE = 2**17  # numbers of G taken to float64 at a time: as many as stay in the cache until they are used
+_LARGE = 2**33  # bytes of G above which a warning is due
 
 
-def dots(rows: Tensor, g: Tensor) -> Tensor:
+def _dots(rows: Tensor, g: Tensor) -> Tensor:
     """rows g in float64: (m, n) by (n,) is (m,)."""
-    columns = max(1, (PIECE if rows.is_cpu else 2**24) // len(rows))
+    columns = max(1, (_PIECE if rows.is_cpu else 2**24) // len(rows))
     pieces = zip(rows.split(columns, 1), g.split(columns), strict=True)
     return torch.stack([a.double() @ b.double() for a, b in pieces]).sum(0)
 
 
-def coefficients(gram: Tensor, newest: int, damping: float) -> Tensor:
+def _coefficients(gram: Tensor, newest: int, damping: float) -> Tensor:
     """z (m,), with which F^-1 g = m Gᵀ z for g the newest row of G; NaN if K (m, m) is not finite."""
     m = len(gram)
     factor, failed = torch.linalg.cholesky_ex(gram + m * damping * torch.eye(m, dtype=gram.dtype, device=gram.device))
@@ -75,7 +68,7 @@ def coefficients(gram: Tensor, newest: int, damping: float) -> Tensor:
     return torch.where(failed == 0, torch.cholesky_solve(unit, factor).squeeze(1), torch.nan)
 
 
-def descent(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
+def _descent(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
     """The gradient to be preconditioned, flat and at least float32."""
     g = grad.to(working_dtype(p.dtype))
     g = -g if group["maximize"] else g
@@ -83,11 +76,11 @@ def descent(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
 
 
 def _announce(size: int) -> None:
-    if size > LARGE:  # it fills up step by step, long after one would have looked
-        warnings.warn(f"MFAC keeps {size / 2**30:.0f} GiB of gradients: lower ngrads if that is too much", stacklevel=7)
+    if size > _LARGE:  # it fills up step by step, long after one would have looked
+        warnings.warn(f"MFAC keeps {size / 2**30:.0f} GiB of gradients: lower ngrads if that is too much", stacklevel=8)
 
 
-class MFAC(Optimizer):
+class MFAC(BaseOptimizer):
     """Natural gradient of the last `ngrads` gradients: each step is multiplied by the inverse of their damped empirical
     Fisher matrix over all parameters, exactly, without forming it.
 
@@ -126,6 +119,14 @@ class MFAC(Optimizer):
         torch.Size([16, 1])
     """
 
+    _ranges: ClassVar[Ranges] = {
+        "lr": "[0, inf)",
+        "ngrads": "[1, inf)",
+        "damping": "(0, inf)",
+        "momentum": "[0, 1)",
+        "weight_decay": "[0, inf)",
+    }
+
     def __init__(
         self,
         params: ParamsT,
@@ -140,17 +141,15 @@ class MFAC(Optimizer):
         numbers = {"lr": lr, "ngrads": ngrads, "damping": damping, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, "maximize": maximize})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        group = {**self.defaults, **param_group}
-        check_ranges(group, RANGES)
+    def _check(self, group: Mapping[str, Any]) -> None:
+        super()._check(group)
         require("ngrads", group["ngrads"], isinstance(group["ngrads"], int), "an integer")
         for name in ("ngrads", "damping"):  # one Fisher matrix couples all groups
             for first in self.param_groups[:1]:
                 require(name, group[name], group[name] == first[name], f"{first[name]!r}, as in the other groups")
-        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        load_exactly(self, state_dict)
+        super().load_state_dict(state_dict)
         saved = state_dict["state"].get(state_dict["param_groups"][0]["params"][0], {})
         if "gram" in saved:  # torch takes state to the parameter's dtype
             shared, device = self._shared(), self.param_groups[0]["params"][0].device
@@ -168,19 +167,15 @@ class MFAC(Optimizer):
             shared["gram"] = torch.zeros(m, m, dtype=torch.float64, device=first.device)
         return shared
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = evaluated(closure)
+    def _step(self) -> None:
         all_of_them = [(group, p) for group in self.param_groups for p in group["params"]]
         moving = [(group, p, p.grad) for group, p in all_of_them if p.grad is not None]
         for _, p, grad in moving:
             check_kind(self, type(p), grad.layout, p.dtype)
         if moving:
-            z = self._take([(p, descent(group, p, grad)) for group, p, grad in moving])
+            z = self._take([(p, _descent(group, p, grad)) for group, p, grad in moving])
             for group, p, _ in moving:
                 self._move(group, p, z)
-        return loss
 
     def _take(self, grads: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Put gradients in the place of the oldest, and solve for the newest."""
@@ -194,10 +189,10 @@ class MFAC(Optimizer):
         for p, g in grads:
             rows = self._rows(p, g)
             rows[newest] = g
-            products += dots(rows, g).to(gram.device)
+            products += _dots(rows, g).to(gram.device)
         gram[newest] = gram[:, newest] = products
         shared["step"] += 1
-        return coefficients(gram, newest, float(group["damping"]))
+        return _coefficients(gram, newest, float(group["damping"]))
 
     def _rows(self, p: Tensor, g: Tensor) -> Tensor:
         """A parameter's columns of G, (m, n)."""
@@ -249,7 +244,7 @@ class EmpiricalFisherInverse:
         self.size = grads.shape[1]
         self.block_size = self.size if block_size is None else block_size
         own = {"damping": damping, "block_size": self.block_size}
-        check_ranges(own, {"damping": RANGES["damping"], "block_size": "[1, inf)"})
+        check_ranges(own, {"damping": "(0, inf)", "block_size": "[1, inf)"})
         require("block_size", self.block_size, isinstance(self.block_size, int), "an integer")
         self.damping = float(damping)
         self.w = self._recursion(self._blocked(grads.detach()))

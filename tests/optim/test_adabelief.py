@@ -10,7 +10,7 @@ from torch import nn
 
 from steep.method import methods
 from steep.optim import adabelief
-from steep.optim.adabelief import AdaBelief, rectification
+from steep.optim.adabelief import AdaBelief, _rectification
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -123,9 +123,9 @@ def test_rectification_is_radams():
     ones = [torch.ones(1, dtype=torch.float64)] * 40
     path = follow(lambda p: torch.optim.RAdam(p, lr=1.0, eps=0.0), torch.zeros(1, dtype=torch.float64), ones)
     for t in range(6, 41):  # the step of RAdam on a constant gradient is its factor r
-        assert rectification(t, 0.999) == pytest.approx(-path.diff(dim=0)[t - 1].item(), rel=1e-9)
-    assert all(rectification(t, 0.999) is None for t in range(1, 6))
-    assert rectification(1_000_000, 0.999) == pytest.approx(1.0)
+        assert _rectification(t, 0.999) == pytest.approx(-path.diff(dim=0)[t - 1].item(), rel=1e-9)
+    assert all(_rectification(t, 0.999) is None for t in range(1, 6))
+    assert _rectification(1_000_000, 0.999) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("scale", [2.0**-20, 2.0**30])

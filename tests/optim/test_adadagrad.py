@@ -14,7 +14,7 @@ from torch import nn
 import steep
 from steep.method import Method, Paper
 from steep.optim._growing import GrowingBatches
-from steep.optim.adadagrad import TESTS, AdaGradNorm, AdaptiveBatchSize, adadagrad, method
+from steep.optim.adadagrad import _TESTS, AdaGradNorm, AdaptiveBatchSize, adadagrad, method
 from steep.testing.optimizers import CHECKS
 
 
@@ -80,7 +80,7 @@ def after_a_batch(model, batch, parts=1, size=2, **options):
 # ---- the tests
 
 
-@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("test", _TESTS)
 @pytest.mark.parametrize(("eta", "nu"), [(0.5, 1.0), (0.3, 0.2)])
 @pytest.mark.parametrize("n", [2, 3, 11])
 def test_demands_are_the_formulas_on_explicit_gradients(test, eta, nu, n):
@@ -159,7 +159,7 @@ def test_noise_splits_into_what_is_along_the_mean_and_what_is_across():
     assert after_a_batch(model, batch, test="norm", eta=1.0).demand == pytest.approx(along + across, rel=1e-9)
 
 
-@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("test", _TESTS)
 def test_equal_examples_never_ask_for_more(test):
     x, y = examples(1, dtype=torch.float32)
     rule = after_a_batch(network(dtype=torch.float32), (x.expand(8, -1, -1, -1), y.expand(8)), test=test, eta=1e-2)
@@ -168,7 +168,7 @@ def test_equal_examples_never_ask_for_more(test):
 
 
 @pytest.mark.filterwarnings("ignore:each step takes one more backward")
-@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("test", _TESTS)
 def test_a_zero_mean_keeps_the_size(test):
     x = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     rule = AdaptiveBatchSize(Point(torch.zeros(2)), Size(), test=test)
@@ -262,7 +262,7 @@ def test_a_scalar_loss_is_refused():
 
 def test_parameters_that_a_loss_does_not_use_get_no_gradient():
     model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
-    for test in TESTS:
+    for test in _TESTS:
         rule = AdaptiveBatchSize(model, Size(), test=test)
         rule(model["used"](torch.randn(5, 2)).squeeze(1))
         rule.step()
@@ -354,7 +354,7 @@ def test_another_backward_rule_is_refused():
         steep.compose(recipe(), [(steep.method("coherence"), {}), (method, {})])
 
 
-@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("test", _TESTS)
 def test_state_of_the_rule(test):
     rule = after_a_batch(network(), examples(8), test=test)
     other = AdaptiveBatchSize(network(), Size(), test=test)

@@ -184,7 +184,7 @@ def test_a_group_added_later_starts_with_an_empty_window():
 @pytest.mark.parametrize("pieces", [1, 56, 2**17])  # a column, seven, all at once
 def test_single_precision_is_accurate_at_small_damping(pieces, monkeypatch):
     """Similar gradients and a λ far below their rounding times their length: K in float32 would not do."""
-    monkeypatch.setattr(m_fac, "PIECE", pieces)
+    monkeypatch.setattr(m_fac, "_PIECE", pieces)
     base, *noises = randoms(*[(300,)] * 9)
     grads = [(3 * base + 0.01 * n).float() for n in noises]
     path, _ = follow([torch.zeros(300)], [[g] for g in grads], lr=1.0, ngrads=8, damping=1e-7)
@@ -347,7 +347,7 @@ def test_complex_parameters_are_refused_before_anything_changes():
 
 def test_a_large_window_is_announced_once(monkeypatch):
     start, grads = problem(2)
-    monkeypatch.setattr(m_fac, "LARGE", 5 * 11 * 8)
+    monkeypatch.setattr(m_fac, "_LARGE", 5 * 11 * 8)
     with pytest.warns(UserWarning, match="MFAC keeps 0 GiB of gradients: lower ngrads") as found:
         follow(start, grads, ngrads=6)
     assert [warning.filename for warning in found] == [__file__]
