@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
+from steep.utils.validation import check_ranges, require_whole
+
 
 class Batch(NamedTuple):
     """Inputs, targets and, where the loader gives them, the examples' indices in the training set (shape (B,))."""
@@ -111,19 +113,26 @@ def split_loaders(
         x, y: all examples, first dimension N.
         generator: draws the split.
         batch_size: of the training loader; evaluation uses batches of up to 1024.
-        val, test: fractions of N.
+        val, test: fractions of N, each rounded to a number of examples. 0 for `test` leaves the test part out.
+
+    Raises:
+        ValueError: fractions out of range, or with which a part would have no example.
     """
     if not (val > 0 and test >= 0 and val + test < 1):
         raise ValueError(f"val={val} and test={test} must give data to validation and leave some for training")
-    order = torch.randperm(len(x), generator=generator)
     n_val, n_test = round(len(x) * val), round(len(x) * test)
-    parts = order.split([len(x) - n_val - n_test, n_val, n_test])
-    train, *held_out = (
-        tensor_loader(x[i], y[i], min(1024, len(i)) if k else batch_size, shuffle=k == 0)
-        for k, i in enumerate(parts)
-        if len(i) or k == 0
-    )
-    return Data(train, held_out[0], held_out[1] if len(held_out) > 1 else None)
+    sizes = {"train": len(x) - n_val - n_test, "val": n_val} | ({"test": n_test} if test else {})
+    empty = [name for name, size in sizes.items() if size < 1]
+    if empty:
+        raise ValueError(
+            f"val={val} and test={test} of {len(x)} examples leave none for {' and '.join(empty)} (sizes {sizes}): "
+            "give more examples or other fractions"
+        )
+    order = torch.randperm(len(x), generator=generator)
+    parts = dict(zip(sizes, order.split([sizes["train"], n_val, n_test]), strict=False))
+    held_out = {name: tensor_loader(x[i], y[i], min(1024, len(i))) for name, i in parts.items() if name != "train"}
+    train = parts["train"]
+    return Data(tensor_loader(x[train], y[train], batch_size, shuffle=True), held_out["val"], held_out.get("test"))
 
 
 def dirichlet_clients(
@@ -136,25 +145,40 @@ def dirichlet_clients(
 
     Args:
         x, y: examples and class labels, first dimension N.
+        clients: number of clients, at least 1.
+        alpha: concentration, positive and finite.
         smallest: every client holds at least this many examples (taken from the largest clients).
 
     Raises:
-        ValueError: fewer examples than ``clients * smallest``, or ``alpha <= 0``.
+        ValueError: fewer examples than ``clients * smallest``, or an argument out of range.
     """
-    if alpha <= 0:
-        raise ValueError(f"alpha={alpha} must be positive")
+    check_ranges({"alpha": alpha}, {"alpha": "(0, inf)"})
+    require_whole("clients", clients, 1)
+    require_whole("smallest", smallest, 0)
     if len(x) < clients * smallest:
         raise ValueError(f"{len(x)} examples cannot give {clients} clients {smallest} each: use fewer clients")
     shares: list[list[int]] = [[] for _ in range(clients)]
     for label in y.unique():
         members = (y == label).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
-        weights = torch._sample_dirichlet(torch.full((clients,), float(alpha), dtype=torch.float64), generator)
+        weights = _dirichlet(float(alpha), clients, generator)
         cuts = (weights.cumsum(0)[:-1] * len(members)).round().long()
         for share, part in zip(shares, members.tensor_split(cuts.tolist()), strict=True):
             share.extend(part.tolist())
     for share in shares:  # a client without data could not train, and small alpha makes such clients
         while len(share) < smallest:
             share.append(max(shares, key=len).pop())
-    index = [torch.tensor(sorted(share)) for share in shares]
+    index = [torch.tensor(sorted(share), dtype=torch.long) for share in shares]
     return [tensor_loader(x[i], y[i], min(batch_size, len(i)), shuffle=True) for i in index]
+
+
+def _dirichlet(alpha: float, count: int, generator: torch.Generator) -> Tensor:
+    """A draw from the symmetric Dirichlet distribution, (count,).
+
+    A gamma variable of shape alpha is one of shape alpha + 1 times a uniform one to the power 1 / alpha. It is taken in
+    logarithms, less the largest: for small alpha all of them are 0 as floats, where the shares must be one 1 and zeros.
+    """
+    concentration = torch.full((count,), alpha, dtype=torch.float64)
+    powers = (1 - torch.rand(count, generator=generator, dtype=torch.float64)).log()  # of numbers in (0, 1]
+    gamma = torch._standard_gamma(concentration + 1, generator=generator)
+    return torch.softmax(gamma.log() + (powers - powers.max()) / alpha, 0)

@@ -1,6 +1,7 @@
 """Recipes, batches, streams, files and measures: the small pieces everything stands on."""
 
 import errno
+import functools
 import os
 import resource
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import steep
-from steep.batches import Batch, count_examples
+from steep.batches import Batch, _dirichlet, count_examples
 from steep.loop.measure import Stopwatch
 from steep.loop.modes import evaluating
 from steep.loop.scoring import score
@@ -125,11 +126,63 @@ def test_dirichlet_clients_divide_everything_once(alpha):
     assert skew > 0.6 if alpha < 1 else skew < 0.45
 
 
-def test_dirichlet_clients_refuse_what_cannot_be():
-    with pytest.raises(ValueError, match="alpha=0"):
-        steep.dirichlet_clients(torch.zeros(9, 1), torch.zeros(9).long(), None, clients=2, alpha=0, batch_size=1)
-    with pytest.raises(ValueError, match="9 examples cannot give 5 clients 2 each"):
-        steep.dirichlet_clients(torch.zeros(9, 1), torch.zeros(9).long(), None, clients=5, alpha=1, batch_size=1)
+@pytest.mark.parametrize("alpha", [1e-320, 1e-300, 1e-3])
+def test_with_a_small_alpha_each_class_is_one_clients(alpha):
+    x, y = torch.zeros(1000, 1), torch.arange(1000) % 100
+    owners = steep.dirichlet_clients(
+        x, y, torch.Generator().manual_seed(0), clients=2, alpha=alpha, batch_size=5, smallest=0
+    )
+    classes = [set(client.dataset.tensors[1].tolist()) for client in owners]
+    assert not classes[0] & classes[1]
+    assert 30 < len(classes[0]) < 70  # 100 fair coins
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.7, 5.0, 1e300])
+def test_shares_have_the_moments_of_the_dirichlet_distribution(alpha):
+    numbers, k, n = torch.Generator().manual_seed(0), 4, 4000
+    shares = torch.stack([_dirichlet(alpha, k, numbers) for _ in range(n)])
+    torch.testing.assert_close(shares.sum(1), torch.ones(n, dtype=torch.float64))
+    variance = (k - 1) / k**2 / (k * alpha + 1)
+    assert (shares.mean(0) - 1 / k).abs().max() < 5 * (variance / n) ** 0.5 + 1e-12
+    assert abs(shares.var(0).mean() / variance - 1) < 0.1 or alpha == 1e300
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"alpha": 0}, r"alpha=0 must lie in \(0, inf\)"),
+        ({"alpha": float("inf")}, "alpha=inf must lie in"),
+        ({"alpha": float("nan")}, "alpha=nan must lie in"),
+        ({"clients": 0}, "clients=0 must be a whole number of at least 1"),
+        ({"smallest": -1}, "smallest=-1"),
+        ({"clients": 5}, "9 examples cannot give 5 clients 2 each"),
+    ],
+)
+def test_dirichlet_clients_refuse_what_cannot_be(wrong, says):
+    given = {"clients": 2, "alpha": 1.0, "batch_size": 1} | wrong
+    with pytest.raises(ValueError, match=says):
+        steep.dirichlet_clients(torch.zeros(9, 1), torch.zeros(9).long(), torch.Generator(), **given)
+
+
+def test_split_sizes_are_the_rounded_fractions_or_an_error():
+    for size in range(2, 45):
+        for val in (0.01, 0.2, 0.5, 0.97):
+            for test in (0.0, 0.01, 0.2, 0.45):
+                if val + test >= 1:
+                    continue
+                x, wanted = torch.arange(float(size)).unsqueeze(1), (round(size * val), round(size * test))
+                possible = wanted[0] > 0 and (wanted[1] > 0 or test == 0) and size - sum(wanted) > 0
+                split = functools.partial(
+                    steep.split_loaders, x, x[:, 0], torch.Generator(), batch_size=1, val=val, test=test
+                )
+                if not possible:
+                    with pytest.raises(ValueError, match=r"leave none for (train|val|test)"):
+                        split()
+                    continue
+                data = split()
+                assert count_examples(data.val) == wanted[0]
+                assert (0 if data.test is None else count_examples(data.test)) == wanted[1]
+                assert data.num_examples == size - sum(wanted)
 
 
 # ---- streams, scores, files, measures
