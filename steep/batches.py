@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from steep.utils.validation import check_ranges, require_whole
 
@@ -22,7 +24,21 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        return len(self.y if self.y is not None else self.x)
+        """Number of examples."""
+        return _length(self.y if self.y is not None else self.x)
+
+
+def _length(values: Any) -> int:
+    """Examples in one part of a batch: the first dimension of its first tensor, or the length of a list without any.
+
+    A tuple or list of tensors holds fields of all examples (torch collates pairs so); a list of anything else, such as
+    the boxes of each image, holds one entry per example.
+    """
+    if isinstance(values, Mapping):
+        return _length(next(iter(values.values())))
+    if isinstance(values, (tuple, list)) and values and isinstance(values[0], Tensor) and values[0].ndim:
+        return len(values[0])
+    return len(values)
 
 
 class Loader(Protocol):
@@ -57,11 +73,30 @@ class Data:
         if self.domains is not None and self.domains.shape != (self.num_examples,):
             shape = tuple(self.domains.shape)
             raise ValueError(f"domains must have shape ({self.num_examples},), one for each example, got {shape}")
+        for a, b in combinations(("train", "val", "test"), 2):
+            shared = _shared(getattr(self, a), getattr(self, b))
+            if shared:
+                warnings.warn(f"{a} and {b} share {shared}: scores on {b} say little about new examples", stacklevel=3)
 
     @property
     def num_examples(self) -> int:
         """Number of training examples."""
         return count_examples(self.train)
+
+
+def _shared(a: Any, b: Any) -> str:
+    """What two loaders have in common, in words; "" where nothing is known to be."""
+    if a is None or b is None:
+        return ""
+    if a is b:
+        return "their loader"
+    ours, theirs = getattr(a, "dataset", None), getattr(b, "dataset", None)
+    if isinstance(ours, Subset) and isinstance(theirs, Subset) and ours.dataset is theirs.dataset:
+        count = len(set(map(int, ours.indices)) & set(map(int, theirs.indices)))
+        return f"{count} examples" if count else ""
+    own_samplers = (RandomSampler, SequentialSampler)  # any other may divide the data set between them
+    whole = all(isinstance(getattr(loader, "sampler", None), own_samplers) for loader in (a, b))
+    return "their data set" if ours is theirs is not None and whole else ""
 
 
 def count_examples(loader: Loader) -> int:

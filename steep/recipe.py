@@ -66,13 +66,31 @@ class Budget:
         return min((n for n in (by_epochs, self.steps) if n is not None), default=None)
 
 
+RESERVED = ("loss", "step", "examples", "seconds", "cpu_seconds")  # what an evaluation holds beside the metric
+
+
 @dataclass(frozen=True)
 class Metric:
-    """How every arm is scored beside the loss: a number per example, averaged over held-out data."""
+    """How every arm is scored beside the loss: a number per example, averaged over held-out data.
+
+    Args:
+        name: shown in tables; not one of `RESERVED`.
+        function: ``function(output, target) -> (B,)``.
+        higher_is_better: the direction of verdicts.
+
+    Raises:
+        ValueError: a reserved name.
+    """
 
     name: str
     function: Callable[[Any, Any], Tensor]
     higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name in RESERVED:
+            raise ValueError(
+                f"a metric must not be called {self.name!r}, which steep reports itself: choose another name"
+            )
 
 
 def _accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -144,8 +162,8 @@ class Recipe:
         model: ``model() -> nn.Module``, initialised from torch's generator (seeded by `fit`); or `deferred`.
         loss: ``loss(output, target) -> (B,)``, one number per example; or `deferred`. A module is copied per run.
         optimizer: ``optimizer(parameters) -> Optimizer``.
-        scheduler: ``scheduler(optimizer, total_steps)``, stepped once per optimizer step, e.g. torch's
-            `CosineAnnealingLR`.
+        scheduler: ``scheduler(optimizer, total_steps)``, stepped once per optimizer step; or a class of torch's
+            such as `CosineAnnealingLR`, which gets the number of steps under its own name for it.
         backward: ``backward(model) -> Rule``; or `deferred`.
         rounds: an outer loop of the recipe's own, ``rounds(model, run, local_step) -> iterator``, each item the
             losses of one round; ``local_step(model, batch)`` returns a batch's losses. Plain epochs where it is `None`.
@@ -173,6 +191,10 @@ class Recipe:
         for name in ("data", "optimizer", "backward"):
             if not callable(getattr(self, name)) and not (name == "backward" and isinstance(self.backward, deferred)):
                 raise TypeError(f"Recipe.{name} must be a factory (a callable), got {getattr(self, name)!r}")
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise TypeError(
+                f"Recipe.metric must be a steep.Metric, got {self.metric!r}: metric=steep.Metric('name', function)"
+            )
         if isinstance(self.model, nn.Module):
             raise TypeError(
                 "Recipe.model must be a factory, so that every run starts afresh: model=lambda: MyModel(...)"

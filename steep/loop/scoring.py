@@ -29,6 +29,11 @@ def score(
         output, target = model(send_to_device(batch.x, device)), send_to_device(batch.y, device)
         for name, function in functions.items():
             values = function(output, target)
+            if name != "loss" and values.shape[:1] != (batch.size,):
+                raise ValueError(
+                    f"the metric {name!r} must return one number per example, shape ({batch.size},), but returned "
+                    f"{tuple(values.shape)}: a mean over batches would depend on how they are cut"
+                )
             sums[name] += float(values.double().mean()) * batch.size
         count += batch.size
     if not count:

@@ -20,6 +20,7 @@ from steep.loop.checkpoint import check_same_model
 from steep.loop.epochs import Epochs
 from steep.loop.measure import Stopwatch
 from steep.loop.modes import evaluating, start_training
+from steep.loop.schedules import build_schedule
 from steep.loop.scoring import score
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements
@@ -82,7 +83,7 @@ class Training:
         self.rule = recipe.build("backward", self.run)(self.model)
         # after the model is on its device: optimizers make state beside the parameters they are given
         plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        self.scheduler = recipe.scheduler(plain, self.run.total_steps) if recipe.scheduler else None
+        self.scheduler = build_schedule(recipe.scheduler, plain, self.run) if recipe.scheduler else None
         # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
         self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
         self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
