@@ -18,7 +18,8 @@ from two_processes import (
     with_trainer,
 )
 
-from steep.adapters.distributed import GlobalBatch, check_sharding, sharded
+from steep.adapters._sharding import check_sharding
+from steep.adapters.distributed import GlobalBatch, sharded
 from steep.backward.spring import Spring
 from steep.backward.sven import Sven
 from steep.optim.adabelief import AdaBelief

@@ -15,8 +15,8 @@ transformers = pytest.importorskip("transformers", reason="needs the extra steep
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from steep.adapters.batches import Positions  # noqa: E402
-from steep.adapters.hf import FILE, SteepMixin  # noqa: E402
+from steep.adapters._batches import Positions  # noqa: E402
+from steep.adapters.hf import _FILE, SteepMixin  # noqa: E402
 
 
 class MyTrainer(SteepMixin, Trainer):
@@ -85,7 +85,7 @@ def test_resuming_equals_going_on(method, tmp_path):
     whole = Setting(method, dropout=0.2)
     trainer(whole, tmp_path, save_strategy="steps", save_steps=10).train()
     checkpoint = tmp_path / "checkpoint-10"
-    torch.load(checkpoint / FILE, weights_only=True)
+    torch.load(checkpoint / _FILE, weights_only=True)
     again = Setting(method, dropout=0.2)
     trainer(again, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert distance(again.model, whole.model) == 0

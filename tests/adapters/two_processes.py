@@ -14,9 +14,11 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import steep
-from steep.adapters import distributed
-from steep.adapters.attached import Attached
-from steep.adapters.distributed import Exchange, GlobalBatch, check_sharding, sharded
+from steep.adapters import _global_rows
+from steep.adapters._attached import Attached
+from steep.adapters._global_rows import Exchange
+from steep.adapters._sharding import check_sharding
+from steep.adapters.distributed import GlobalBatch, sharded
 from steep.backward.sven import Sven
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import AdamP
@@ -120,7 +122,7 @@ CASES = [("mlp", name) for name in RULES] + [
 def all_cases(rank):
     found = {}
     for split in (6, 5):  # even, uneven
-        distributed.CHUNK = 2**19 if split == 6 else 60  # rows of layers without a rule go in one piece, or in several
+        _global_rows.CHUNK = 2**19 if split == 6 else 60  # rows of layers without a rule go in one piece, or in several
         cut = slice(0, split) if rank == 0 else slice(split, 12)
         for kind, name in CASES:
             model = mixed(kind)
