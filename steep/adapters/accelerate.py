@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep.adapters.attached import ELSEWHERE, Attached
-from steep.adapters.batches import Batches
+from steep.adapters._attached import ELSEWHERE, Attached
+from steep.adapters._batches import Batches
 from steep.adapters.distributed import GlobalBatch
 from steep.loop import checkpoint
 from steep.loop.training import requires_closure
@@ -22,7 +22,7 @@ from steep.requires import UnmetRequirement
 
 __all__ = ["Backward", "Batches"]
 
-FILE = "steep.pt"
+_FILE = "steep.pt"
 
 
 class Backward:
@@ -84,10 +84,10 @@ class Backward:
 
     def _save(self, models: Any, weights: Any, directory: str) -> None:
         if self.accelerator.is_main_process:
-            checkpoint.save(Path(directory) / FILE, {"parts": self.attached.state_dict()})
+            checkpoint.save(Path(directory) / _FILE, {"parts": self.attached.state_dict()})
 
     def _load(self, models: Any, directory: str) -> None:
-        self.attached.load_state_dict(checkpoint.load(Path(directory) / FILE)["parts"])
+        self.attached.load_state_dict(checkpoint.load(Path(directory) / _FILE)["parts"])
 
 
 def _check_closure(part: Any, accelerator: Accelerator) -> None:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from steep.adapters.attached import ELSEWHERE, Attached
-from steep.adapters.batches import Dicts, Positions, Tuples, size_of
+from steep.adapters._attached import ELSEWHERE, Attached
+from steep.adapters._batches import Dicts, Positions, Tuples, size_of
 from steep.batches import Batch
 from steep.loop import checkpoint as checkpoints
 from steep.loop.training import requires_closure
 from steep.requires import UnmetRequirement
 
-FILE = "steep.pt"
+_FILE = "steep.pt"
 _Host: Any = object  # what the mixin has besides is the Trainer's
-NO_CLOSURE = "the Trainer calls optimizer.step() without one; use Lightning, Accelerate or a plain loop"
+_NO_CLOSURE = "the Trainer calls optimizer.step() without one; use Lightning, Accelerate or a plain loop"
 
 
 class SteepMixin(_Host):
@@ -62,7 +62,7 @@ class SteepMixin(_Host):
         if isinstance(loss, nn.Module):
             loss.to(self.args.device)
         parts = parts if loss is None else (loss, *parts)
-        self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": NO_CLOSURE})
+        self.attached = Attached("the Trainer", self.model, rule, parts, {**ELSEWHERE, "closure": _NO_CLOSURE})
         if self.args.n_gpu > 1:
             raise UnmetRequirement("per-example losses need one GPU per process: start the script with torchrun")
         if "indices" in self.attached.requires and self.train_dataset is not None:
@@ -126,12 +126,12 @@ class SteepMixin(_Host):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            checkpoints.save(Path(output_dir) / FILE, {"parts": self.attached.state_dict()})
+            checkpoints.save(Path(output_dir) / _FILE, {"parts": self.attached.state_dict()})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.attached.load_state_dict(checkpoints.load(Path(checkpoint) / FILE)["parts"])
+            self.attached.load_state_dict(checkpoints.load(Path(checkpoint) / _FILE)["parts"])
 
 
 class _Steps(TrainerCallback):
@@ -144,7 +144,7 @@ class _Steps(TrainerCallback):
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         self.attached.check(optimizer)
         if requires_closure(optimizer):
-            raise UnmetRequirement(f"{type(optimizer).__name__} needs a closure: {NO_CLOSURE}")
+            raise UnmetRequirement(f"{type(optimizer).__name__} needs a closure: {_NO_CLOSURE}")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.attached.step()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steep.adapters.attached import ELSEWHERE, Attached
+from steep.adapters._attached import ELSEWHERE, Attached
 from steep.batches import Batch
 from steep.loop.checkpoint import CheckpointError
 from steep.loop.training import requires_closure

@@ -1,5 +1,5 @@
-"""EfficientTrain shows a network low frequencies and weak augmentation first, and everything at the end. The low
-frequencies of a picture fit into a smaller one, so that early steps are cheaper; no example is ever left out.
+"""EfficientTrain shows a network low frequencies and weak augmentation first, and the full images at the end. The low
+frequencies of an image fit into a smaller one, so early steps are cheaper; every example is shown in every epoch.
 
     low_frequency_crop: (.., H, H) -> (.., B, B):  real(IFFT2((B/H)^2 F[|k| < B/2 or k = -B/2])),  F = FFT2(x), B even
     "crop":      B/H = 5/7, 6/7, 1 for 60 %, 20 %, 20 % of the epochs; magnitude 0 -> 9, linear over the epochs
@@ -10,11 +10,11 @@ Wang, Yue, Lu, Liu, Zhong, Song, Huang: EfficientTrain (arXiv 2211.09703) and Ef
 Ratios, fractions and magnitudes are the papers' (160, 192 and 224 of 224 pixels; 96, 160 and 224).
 
 What differs, and why:
-- RandAugment is a small set of our own (see `augment`): two different ones of seven operations an image. Those that
-  need 8-bit colours are missing, and so is the noise on the magnitude (mstd 0.5).
+- RandAugment is a small set of our own (`augment` in `_images.py`): two different operations of seven per image. Those
+  that need 8-bit colours are missing, and so is the noise on the magnitude (mstd 0.5).
 - Linear growth of the magnitude is the paper's text; the authors' code rounds it to 1, 3, 5, 7, 9.
-- The number of optimizer steps stays what the budget says, and the learning rate follows the user's scheduler over
-  steps. The authors' "plusplus" runs let it follow the compute spent.
+- The budget alone sets the number of optimizer steps, and the learning rate follows the user's scheduler over steps.
+  In the authors' "plusplus" runs it follows the compute spent.
 - Left out: the greedy search that found the schedule, and the replay buffer for slow loaders.
 """
 
@@ -28,108 +28,36 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep.batches import Data, Loader
+from steep.data._images import augment, even_size, lanczos, low_frequency_crop, side
 from steep.loop.modes import evaluating
 from steep.method import Method, Paper, choice, uniform
 from steep.recipe import Recipe, Run, deferred
-from steep.requires import REQUIREMENTS, UnmetRequirement
+from steep.requires import UnmetRequirement
+from steep.utils.loaders import LoaderWrapper
 
-RATIOS = {"crop": (5 / 7, 6 / 7, 1.0), "plusplus": (3 / 7,) * 2 + (5 / 7,) * 4 + (1.0,) * 4}
-FRACTIONS = (0.6, 0.2, 0.2)
-
-
-def low_frequency_crop(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, H) with their low frequencies only, on `size` x `size` points (an even number).
-
-    The mean is kept, and so is every wave of less than ``size / 2`` periods; faster ones vanish.
-
-    Raises:
-        ValueError: no square floating-point images, or a `size` that is odd or not in [2, H].
-    """
-    full = _check_size(x, size)
-    if size == full:
-        return x
-    if size % 2:
-        raise ValueError(f"size={size} must be even, so that as many frequencies are kept on either side of zero")
-    half, spectrum = size // 2, torch.fft.fft2(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
-    for dim in (-2, -1):
-        spectrum = torch.cat([spectrum.narrow(dim, 0, half), spectrum.narrow(dim, -half, half)], dim)
-    return torch.fft.ifft2(spectrum * (size / full) ** 2).real.to(x.dtype)
-
-
-def lanczos(x: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, H) scaled down to `size` x `size` with a Lanczos window of three lobes.
-
-    Raises:
-        ValueError: no square floating-point images, or a `size` that is not in [2, H].
-    """
-    full = _check_size(x, size)
-    if size == full:
-        return x
-    centres = (torch.arange(size, dtype=torch.float64) + 0.5) * full / size - 0.5
-    distance = (torch.arange(full) - centres[:, None]) * size / full  # in pixels of the small image
-    weights = torch.sinc(distance) * torch.sinc(distance / 3) * (distance.abs() < 3)
-    weights = (weights / weights.sum(1, keepdim=True)).to(x)
-    return weights @ x.detach() @ weights.T
-
-
-SHRINK: dict[str, Callable[[Tensor, int], Tensor]] = {"crop": low_frequency_crop, "plusplus": lanczos}
-
-# At magnitude 10: degrees, shear, shear, fractions of the side (as in RandAugment), relative contrast, and brightness
-# in standard deviations of the image.
-LIMITS = torch.tensor([30.0, 0.3, 0.3, 0.45, 0.45, 0.9, 0.9])
-
-
-def augment(x: Tensor, magnitude: float, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, H), each changed by two of seven operations, each in a random direction.
-
-    They are rotation, shears, shifts, contrast and brightness, at ``magnitude / 10`` of `LIMITS`. What enters at the
-    border is 0, the mean colour of normalised images. Magnitude 0 changes nothing, and draws the same numbers.
-    """
-    shape = len(x), len(LIMITS)
-    chosen = torch.rand(shape, generator=generator).argsort(1) < 2
-    directions = 2 * torch.randint(2, shape, generator=generator) - 1
-    if magnitude == 0:
-        return x
-    angle, shear_x, shear_y, shift_x, shift_y, contrast, brightness = (
-        (magnitude / 10 * LIMITS * chosen * directions).T[..., None, None, None].to(x)
-    )
-    x = warp(x, angle.flatten(), torch.cat([shear_x, shear_y], 1), torch.cat([shift_x, shift_y], 1))
-    spread, mean = torch.std_mean(x, (1, 2, 3), correction=0, keepdim=True)
-    return mean + (1 + contrast) * (x - mean) + brightness * spread
-
-
-def warp(x: Tensor, degrees: Tensor, shear: Tensor, shift: Tensor) -> Tensor:
-    """Images (B, C, H, H) with linear interpolation, each rotated counter-clockwise, sheared and shifted.
-
-    Args:
-        degrees: (B,). shear: along x and y (B, 2). shift: to the left and up, in sides of the image (B, 2).
-    """
-    angle, ones = degrees.deg2rad(), torch.ones_like(degrees)
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    slant = torch.stack([ones, shear[:, 0].flatten(), shear[:, 1].flatten(), ones], 1).view(-1, 2, 2)
-    theta = torch.cat([turn @ slant, 2 * shift.view(-1, 2, 1)], 2)  # the side of an image is 2 long to grid_sample
-    return F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), align_corners=False)
+_RATIOS = {"crop": (5 / 7, 6 / 7, 1.0), "plusplus": (3 / 7,) * 2 + (5 / 7,) * 4 + (1.0,) * 4}
+_FRACTIONS = (0.6, 0.2, 0.2)
+_SHRINK: dict[str, Callable[[Tensor, int], Tensor]] = {"crop": low_frequency_crop, "plusplus": lanczos}
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """Share of the full side, and augmentation magnitude, of every epoch. Build one with `curriculum`."""
+class _Curriculum:
+    """Share of the full side, and augmentation magnitude, of every epoch."""
 
     ratios: tuple[float, ...]
     magnitudes: tuple[float, ...]
 
     def stage(self, epoch: int, full_size: int) -> tuple[int, float]:
-        """Side in pixels (rounded to an even number, or `full_size`) and magnitude; the last ones from then on."""
+        """Side in pixels (an even number, or `full_size`) and magnitude; after the last epoch, those of the last."""
         epoch = min(epoch, len(self.ratios) - 1)
         return even_size(self.ratios[epoch], full_size), self.magnitudes[epoch]
 
     @property
     def speed_up(self) -> float:
-        """Compute at full size over compute with this curriculum, were the cost the number of pixels."""
+        """Compute at full size over compute with this curriculum, if the cost is the number of pixels."""
         return len(self.ratios) / sum(ratio**2 for ratio in self.ratios)
 
 
@@ -140,8 +68,8 @@ def curriculum(
     fractions: Sequence[float] | None = None,
     ratios: Sequence[float] | None = None,
     max_magnitude: float = 9.0,
-) -> Curriculum:
-    """The curriculum of a training of so many epochs; see `EfficientTrain` for the arguments.
+) -> _Curriculum:
+    """The curriculum of a training run of `epochs` epochs; see `EfficientTrain` for the other arguments.
 
     Example:
         >>> published = curriculum(300)
@@ -150,22 +78,23 @@ def curriculum(
         >>> round(published.speed_up, 5)
         1.53125
     """
-    if variant not in RATIOS:
-        raise ValueError(f"variant={variant!r} must be one of {sorted(RATIOS)}")
-    ratios = tuple(RATIOS[variant] if ratios is None else ratios)
+    if variant not in _RATIOS:
+        raise ValueError(f"variant={variant!r} must be one of {sorted(_RATIOS)}")
+    ratios = tuple(_RATIOS[variant] if ratios is None else ratios)
     fractions = _fractions(variant, ratios) if fractions is None else tuple(fractions)
     _check_stages(epochs, fractions, ratios, max_magnitude)
+    # 1e-9: rounding in the sums (0.7 + 0.1 < 0.8) must not cost a stage its last epoch
     ends = [math.floor(epochs * part + 1e-9) for part in accumulate(fractions)]
     stages = [sum(epoch >= end for end in ends[:-1]) for epoch in range(epochs)]
     place, last = (range(epochs), epochs - 1) if variant == "crop" else (stages, len(ratios) - 1)
     magnitudes = tuple(max_magnitude * k / max(1, last) for k in place)
-    return Curriculum(tuple(ratios[k] for k in stages), magnitudes)
+    return _Curriculum(tuple(ratios[k] for k in stages), magnitudes)
 
 
 def _fractions(variant: str, ratios: Sequence[float]) -> tuple[float, ...]:
     if variant == "crop":
-        return FRACTIONS
-    epochs = [1 / ratio**2 for ratio in ratios]  # equal compute
+        return _FRACTIONS
+    epochs = [1 / ratio**2 for ratio in ratios]  # stages of equal compute, which an epoch spends on ratio**2 pixels
     return tuple(e / sum(epochs) for e in epochs)
 
 
@@ -180,28 +109,23 @@ def _check_stages(epochs: int, fractions: Sequence[float], ratios: Sequence[floa
         raise ValueError(f"max_magnitude={max_magnitude} must lie in [0, 10]")
 
 
-def even_size(ratio: float, full_size: int) -> int:
-    """`ratio` of the side as an even number of pixels; the side itself at ratio 1."""
-    return full_size if ratio == 1 else min(full_size, max(2, 2 * round(ratio * full_size / 2)))
-
-
-class EfficientTrain:
+class EfficientTrain(LoaderWrapper):
     """Train on small, low-frequency, weakly augmented images first and on full ones at the end (EfficientTrain).
 
-    Iterates the training loader with every image shrunk and augmented as the epoch demands; wrap the validation
-    and test loaders with `held_out`, so that they follow the size. Call `step` once after each optimizer step.
-    Random numbers come from torch's generator without advancing it: the order of the examples is what it was.
+    Iterates the training loader with every image shrunk and augmented as the epoch requires; wrap the validation and
+    test loaders with `held_out`, so that they follow the size. Call `step` once after each optimizer step. The
+    augmentation is seeded by torch's generator without advancing it, so the order of the examples does not change.
 
     Args:
         loader: yields ``(x, y, ...)`` with normalised images x of shape (B, C, H, H).
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the whole training run.
         variant: "crop" (arXiv 2211.09703) or "plusplus" (arXiv 2405.08768).
         fractions: share of the epochs of each stage; (0.6, 0.2, 0.2), or stages of equal compute for "plusplus".
         ratios: share of the side of each stage, in (0, 1]; (5/7, 6/7, 1), or ten stages for "plusplus".
         max_magnitude: of the augmentation at the end, in [0, 10]; 9 in both papers, 0 for no augmentation.
 
     Raises:
-        ValueError: an argument out of range, or inputs that are no square floating-point images.
+        ValueError: an argument out of range, or inputs that are not square floating-point images.
 
     Paper: arXiv 2211.09703.
 
@@ -235,20 +159,18 @@ class EfficientTrain:
             raise ValueError(f"total_steps={total_steps} must be at least 1")
         epochs, stages = math.ceil(total_steps / len(loader)), {"fractions": fractions, "ratios": ratios}
         self.curriculum = curriculum(epochs, variant=variant, max_magnitude=max_magnitude, **stages)
-        self.loader, self.steps, self.shrink = loader, 0, SHRINK[variant]
-
-    def __len__(self) -> int:
-        return len(self.loader)
+        super().__init__(loader)
+        self.steps, self.shrink = 0, _SHRINK[variant]
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        random = _own_generator()
+        random = _own_generator()  # drawn anew each epoch, before the loader draws its order
         for x, *rest in self.loader:
-            size, magnitude = self.curriculum.stage(self.steps // len(self), _side(x))
+            size, magnitude = self.curriculum.stage(self.steps // len(self), side(x))
             yield self.shrink(augment(x, magnitude, random), size), *rest
 
-    def held_out(self, loader: Loader) -> HeldOut:
+    def held_out(self, loader: Loader) -> _HeldOut:
         """A validation or test loader whose images have the size of the training's last step."""
-        return HeldOut(loader, self)
+        return _HeldOut(loader, self)
 
     def step(self) -> None:
         """Count an optimizer step."""
@@ -257,22 +179,14 @@ class EfficientTrain:
             self.loader.step()
 
     def state_dict(self) -> dict[str, Any]:
-        inner = {"loader": self.loader.state_dict()} if hasattr(self.loader, "state_dict") else {}
-        return {"steps": self.steps, **inner}
+        return {"steps": self.steps, **self.inner_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
-        if "loader" in state:
-            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the loader's: its dataset, its samplers and generators, its feedback."""
-        if name == "loader" or name.startswith("__"):  # absent while being unpickled
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+        self.load_inner_state(state)
 
 
-class HeldOut:
+class _HeldOut:
     """A validation or test loader that follows the image size of an `EfficientTrain`, without augmentation."""
 
     def __init__(self, loader: Loader, train: EfficientTrain):
@@ -283,8 +197,9 @@ class HeldOut:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for x, *rest in self.loader:
+            # of the last step taken: after an epoch the model has not yet seen the next epoch's size
             done = max(0, self.train.steps - 1) // len(self.train)
-            yield self.train.shrink(x, self.train.curriculum.stage(done, _side(x))[0]), *rest
+            yield self.train.shrink(x, self.train.curriculum.stage(done, side(x))[0]), *rest
 
     def check(self, model: nn.Module) -> None:
         """Run the model once at every size that the curriculum will show it.
@@ -292,9 +207,10 @@ class HeldOut:
         Raises:
             UnmetRequirement: it takes the full images, but no smaller ones.
         """
+        # BatchNorm's statistics and torch's generator stay as they are: the check must not change the training run
         with evaluating(model), torch.random.fork_rng(devices=[]):
             x = next(iter(self.loader))[0][:2]
-            sizes = sorted({even_size(ratio, _side(x)) for ratio in self.train.curriculum.ratios})
+            sizes = sorted({even_size(ratio, side(x)) for ratio in self.train.curriculum.ratios})
             model(x)
             for size in sizes:
                 try:
@@ -314,20 +230,6 @@ def _own_generator() -> torch.Generator:
     return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=copy)))
 
 
-def _side(x: Any) -> int:
-    if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[-1] != x.shape[-2] or not x.is_floating_point():
-        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"EfficientTrain needs {REQUIREMENTS['images'].what}, got {found}")
-    return x.shape[-1]
-
-
-def _check_size(x: Tensor, size: int) -> int:
-    full = _side(x)
-    if not 2 <= size <= full:
-        raise ValueError(f"size={size} must lie in [2, {full}], the side of the images")
-    return full
-
-
 def _apply(recipe: Recipe, **hyper: Any) -> Recipe:
     def data(generator: torch.Generator) -> Data:
         plain = recipe.data(generator)
@@ -340,7 +242,7 @@ def _apply(recipe: Recipe, **hyper: Any) -> Recipe:
 
     def model(run: Run) -> nn.Module:
         built = recipe.build("model", run)
-        if isinstance(run.data.val, HeldOut):  # and not wrapped again by another method
+        if isinstance(run.data.val, _HeldOut):  # and not wrapped again by another method
             run.data.val.check(built)
         return built
 

@@ -67,6 +67,7 @@ def mean(group: str, messages: Sequence[Message], weights: Sequence[float] | Non
 
 def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     stacked, total = torch.stack(list(tensors)), sum(weights)
+    # sums of half-precision tensors are taken in float32, so that there is one rounding and not one per client
     kind = torch.promote_types(stacked.dtype, torch.float32)
     shares = torch.tensor([w / total for w in weights], dtype=kind, device=stacked.device)
     average = torch.tensordot(shares, stacked.to(kind), dims=1)
@@ -156,7 +157,7 @@ class Oracle:
 
     def __call__(self, parameters: Tensors, buffers: Tensors, batch: Any) -> Evaluation:
         overwrite(self.parameters, parameters)
-        if buffers:
+        if buffers:  # looked up at each call: a module may replace its buffers in the forward pass
             overwrite(dict(self.model.named_buffers()), buffers)
         with torch.enable_grad():
             losses = self.local_step(self.model, batch)
@@ -186,21 +187,7 @@ class Federation:
     adds or whose default differs. A step names, as keyword-only arguments, the hyper-parameters that it reads; it may
     also ask for the ``oracle`` and for ``num_clients``. The first state of a client is ``{"examples": n}``.
 
-    Args:
-        model: the server's model; between rounds it holds the latest parameters (trainable ones) and buffers.
-        clients: one training loader per client.
-        local_step: ``local_step(model, batch) -> losses``, shape (B,): forward pass and loss only.
-        generator: draws the seed, once.
-        fraction: share of the clients in each round, in (0, 1]; at least one client is sampled.
-        local_steps: batches given to each sampled client, at least 1.
-        lr: learning rate of the first round, positive; the server broadcasts the present one beside the model.
-        lr_decay: factor on `lr` after each round, in (0, 1].
-        weight_decay: of the local steps, at least 0.
-        clip_norm: longest local gradient, positive; infinity for no clipping.
-
-    Raises:
-        UnmetRequirement: no clients.
-        ValueError: a client without data, or an argument out of range.
+    The arguments and errors are those that `FedAvg` documents; it adds `weighted` only.
     """
 
     requires = frozenset({"clients"})
@@ -256,7 +243,7 @@ class Federation:
             messages = [message for _, message in done.values()]
             self.server, self.broadcast = self.on_server(self.server, messages)
         finally:
-            self._load()
+            self._load()  # the oracle has left a client's tensors in the model, also where the round failed
         for i, (state, _) in done.items():
             self.states[i] = state
         self.round += 1
@@ -271,7 +258,7 @@ class Federation:
     def _visit(self, i: int) -> tuple[State, Message]:
         order, noise = (Stream(self.seed, f"{name} {self.round} {i}") for name in ("order", "noise"))
         batches = local_batches(self.clients[i], self.local_steps, order)
-        with noise.active():
+        with noise.active():  # dropout; apart from the order, which must not depend on what the model draws
             state, message = self.on_client(self.states[i], self.broadcast, batches)
         if not all(tensor.isfinite().all() for tensor in take("parameter", message).values()):
             raise ArithmeticError(
@@ -315,7 +302,7 @@ def local_batches(loader: Loader, steps: int, order: Stream) -> Iterator[Any]:
     """`steps` batches of a client, pass after pass over its loader, in the order that the stream draws."""
     batches: Iterator[Any] = iter(())
     for _ in range(steps):
-        with order.active():
+        with order.active():  # only while the loader draws: between batches the generator is the forward pass's
             batch = next(batches, None)
             if batch is None:
                 batches = iter(loader)

@@ -8,7 +8,7 @@ With N clients of n_i examples, S of them sampled, K local steps and learning ra
 Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas (2017), Algorithm 1. It counts local work in epochs E over
 batches of B examples; here it is `local_steps` = E n_i / B, equal for all clients, so that arms of a comparison do
 equal work. The paper's fraction is 0.1 of 100 to 1000 clients; the default of 0.25 is for tens of clients. Buffers
-(BatchNorm's statistics) are averaged like parameters, which the paper does not speak of.
+(BatchNorm's statistics) are averaged like parameters; the paper does not mention them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from steep.rounds._federated import Federation, Message, Oracle, State, clip, de
 class FedAvg(Federation):
     """Federated averaging: clients run SGD on their own data, the server averages their models.
 
-    The baseline of federated learning: cheap and stateless, but on clients of unlike data the local models drift
-    towards optima of their own, the more the longer they run.
+    The baseline of federated learning: cheap and stateless. On clients of unlike data the local models drift towards
+    optima of their own, and the drift grows with the number of local steps.
 
     Args:
         model: the server's model; holds the averaged model after each round.
@@ -39,7 +39,7 @@ class FedAvg(Federation):
         local_steps: batches per sampled client and round, at least 1. Default 20.
         lr: local learning rate, positive. Default 0.1 (paper: tuned per task, 0.05 to 0.2 typical).
         lr_decay: factor on `lr` after each round, in (0, 1]. Default 1 (paper: 0.99 on CIFAR-10).
-        weighted: weigh clients by their number of examples, as published; all alike otherwise.
+        weighted: weight clients by their number of examples, as published; equally otherwise. Default true.
         weight_decay: of the local steps, at least 0. Default 0.
         clip_norm: longest local gradient, positive. Default infinity: no clipping.
 

@@ -1,7 +1,7 @@
 """Ready recipes on real data and on the papers' own problems.
 
 A task's file defines a `Task`; nothing registers it: `tasks()` walks this package. Data are loaded when a recipe's
-`data` factory runs, so that listing tasks costs nothing.
+`data` factory runs, so listing the tasks loads none.
 """
 
 from __future__ import annotations

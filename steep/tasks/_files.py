@@ -1,4 +1,4 @@
-"""Data that are too large to be bundled: kept as .npz files in a cache, downloaded when they are missing."""
+"""Data sets too large to be bundled: kept as .npz files in a cache, downloaded when missing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def data_directory() -> Path:
 
 
 def download(url: str) -> bytes:
-    """What is at `url`, unpacked if it is compressed by gzip.
+    """The content of `url`, unpacked if it is compressed by gzip.
 
     Raises:
-        OSError: no network, or nothing there.
+        OSError: no network, or no such file.
     """
     with urlopen(url, timeout=30) as response:
         content: bytes = response.read()

@@ -1,4 +1,4 @@
-"""What the tasks' recipes are made of: losses, metric, optimizer, splits."""
+"""Losses, metric, optimizer and splits that the tasks' recipes share."""
 
 from __future__ import annotations
 

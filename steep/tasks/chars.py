@@ -1,8 +1,8 @@
-"""A character language model of the English text that every Python carries: the help topics in `pydoc_data`.
+"""A character language model of the English text that comes with every Python: the help topics in `pydoc_data`.
 
 The text (about half a million characters; it differs a little between versions of Python) is cut into windows that
-do not overlap; a random 2 % of them are for validation (often scored, so few) and 8 % for testing. An example is a
-window, and its loss the mean over its positions, in nats per character.
+do not overlap; a random 2 % of them are for validation (few, because it is scored often) and 8 % for testing. An
+example is a window, and its loss is the mean over its positions, in nats per character.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from steep.tasks.networks import Transformer
 
 
 @cache
-def corpus() -> tuple[Tensor, str]:
+def _corpus() -> tuple[Tensor, str]:
     """The text as character ids, (length,), and the characters in the order of their ids."""
     from pydoc_data.topics import topics
 
@@ -31,7 +31,7 @@ def corpus() -> tuple[Tensor, str]:
 
 
 def _data(generator: torch.Generator, context: int, batch_size: int) -> Data:
-    text, _ = corpus()
+    text, _ = _corpus()
     windows = text[: len(text) // (context + 1) * (context + 1)].view(-1, context + 1)
     windows = windows[torch.randperm(len(windows), generator=generator)]
     val, test = len(windows) // 50, len(windows) // 12
@@ -40,7 +40,7 @@ def _data(generator: torch.Generator, context: int, batch_size: int) -> Data:
 
 
 def _model(context: int) -> nn.Module:
-    return Transformer(len(corpus()[1]), context)
+    return Transformer(len(_corpus()[1]), context)
 
 
 def _chars(*, context: int = 32, batch_size: int = 32, steps: int = 400) -> Recipe:

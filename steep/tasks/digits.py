@@ -77,25 +77,11 @@ def _clients(generator: torch.Generator, clients: int, alpha: float, batch_size:
 
 
 def _fedavg(
-    model: nn.Module,
-    run: Run,
-    local_step: Callable[[nn.Module, Any], Tensor],
-    *,
-    fraction: float,
-    local_steps: int,
-    lr: float,
+    model: nn.Module, run: Run, local_step: Callable[[nn.Module, Any], Tensor], **hyper: Any
 ) -> Iterator[Tensor]:
-    from steep.rounds.fedavg import FedAvg
+    from steep.rounds.fedavg import FedAvg  # here, so that listing the tasks imports no method
 
-    return FedAvg(
-        model,
-        run.data.clients,
-        local_step,
-        generator=run.generator,
-        fraction=fraction,
-        local_steps=local_steps,
-        lr=lr,
-    )
+    return FedAvg(model, run.data.clients, local_step, generator=run.generator, **hyper)
 
 
 def _digits_federated(
@@ -120,11 +106,11 @@ IMAGE = Task(
 )
 AUTOENCODER = Task(
     "digits-autoencoder",
-    "The same digits through 8 numbers and back; MLP 64-32-8-32-64; squared error.",
+    "The same digits, encoded in 8 numbers and decoded; MLP 64-32-8-32-64; squared error.",
     _digits_autoencoder,
 )
 FEDERATED = Task(
     "digits-federated",
-    "The same digits among 20 clients, most with one or two classes; FedAvg rounds of an MLP; accuracy.",
+    "The same digits divided among 20 clients, most with one or two classes; FedAvg; MLP 64-32-10; accuracy.",
     _digits_federated,
 )

@@ -1,7 +1,7 @@
-"""Two functions whose minimum and curvature are known exactly, as trainings: for looking at a method closely.
+"""Two functions whose minimum and curvature are known exactly, as training runs: to study a method closely.
 
-Both are sums of squared residuals that all vanish at the minimum. An example is a residual, so that the mean loss is
-the function, up to a factor, and there is nothing to hold out: validation sees the training examples.
+Both are sums of squared residuals that all vanish at the minimum. An example is a residual, so the mean loss is the
+function up to a factor, and nothing is held out: validation uses the training examples.
 
 - `quadratic`: residuals aᵢᵀ(θ - θ*). The Hessian of the mean loss has `dimension` eigenvalues, spaced evenly in the
   logarithm from 1 down to 1 / `condition`.
@@ -26,7 +26,9 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
 
 
-def quadratic(examples: int, dimension: int, condition: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _least_squares(
+    examples: int, dimension: int, condition: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Rows aᵢ (examples, dimension) and targets aᵢᵀθ* (examples, 1), θ* drawn from N(0, I)."""
     eigenvalues = torch.logspace(0, -1, dimension, base=condition, dtype=torch.float64)
     left, right = _orthonormal(examples, dimension, generator), _orthonormal(dimension, dimension, generator)
@@ -39,12 +41,12 @@ def quadratic(examples: int, dimension: int, condition: float, generator: torch.
 def _quadratic_data(
     generator: torch.Generator, examples: int, dimension: int, condition: float, batch_size: int
 ) -> Data:
-    part = quadratic(examples, dimension, condition, generator)
+    part = _least_squares(examples, dimension, condition, generator)
     return loaders(part, part, batch_size=batch_size)
 
 
-class Rosenbrock(nn.Module):
-    """The function's argument θ as a module: selects residuals by rows x, (B, 2 * dimension - 2) to (B, 1)."""
+class _Rosenbrock(nn.Module):
+    """The function's argument θ as a module: x, (B, 2 * dimension - 2), selects residuals by its rows; to (B, 1)."""
 
     def __init__(self, dimension: int):
         super().__init__()
@@ -84,7 +86,7 @@ def _rosenbrock(*, dimension: int = 2, steps: int = 2000) -> Recipe:
         raise ValueError(f"dimension={dimension} must be at least 2")
     return Recipe(
         data=partial(_rosenbrock_data, dimension=dimension),
-        model=partial(Rosenbrock, dimension),
+        model=partial(_Rosenbrock, dimension),
         loss=squared_error,
         **adamw(0.05, weight_decay=0.0),
         budget=Budget(steps=steps),
@@ -93,6 +95,10 @@ def _rosenbrock(*, dimension: int = 2, steps: int = 2000) -> Recipe:
 
 
 QUADRATIC = Task(
-    "quadratic", "A quadratic of known spectrum as 64 squared residuals; a vector; distance 0.", _quadratic
+    "quadratic",
+    "A quadratic of known spectrum as 64 squared residuals; linear model of 16 weights; minimum 0.",
+    _quadratic,
 )
-ROSENBROCK = Task("rosenbrock", "Rosenbrock's function as squared residuals; a vector; minimum 0.", _rosenbrock)
+ROSENBROCK = Task(
+    "rosenbrock", "Rosenbrock's function as squared residuals; a vector of 2 parameters; minimum 0.", _rosenbrock
+)

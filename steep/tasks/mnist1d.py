@@ -5,8 +5,8 @@ position. What is not signal becomes noise smoothed by a Gaussian; white noise a
 the result is sampled at 40 points. The numbers are the authors' defaults. Published accuracies: logistic regression
 32 %, MLP 68 %, CNN 94 %.
 
-Differs from the published data set in its random draws (torch's generator) and in that as many examples as wanted
-can be made: 4000 for training as published, and 1000 each for validation and testing.
+Differs from the published data set in its random draws, which come from torch's generator. There are 4000 examples for
+training, as published, and 1000 each for validation and testing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from steep.tasks.networks import MLP, SmallCNN
 
 POINTS, LENGTH, SAMPLES = 12, 72, 40  # of a signal, of the stretched signal, of an example
 
-SIGNALS = torch.tensor(  # the digits 0-9 as heights of a pen, from the paper's code
+_SIGNALS = torch.tensor(  # the digits 0-9 as heights of a pen, from the paper's code
     [
         [5, 6, 6.5, 6.75, 7, 7, 7, 7, 6.75, 6.5, 6, 5],
         [5, 3, 3, 3.4, 3.8, 4.2, 4.6, 5, 5.4, 5.8, 5, 5],
@@ -42,13 +42,13 @@ SIGNALS = torch.tensor(  # the digits 0-9 as heights of a pen, from the paper's 
 )
 
 
-def signals() -> Tensor:
+def _signals() -> Tensor:
     """The ten signals, (10, 12): each of variance 1/36, beginning and ending at 0."""
-    scaled = SIGNALS / (6 * SIGNALS.std(1, keepdim=True, correction=0))
+    scaled = _SIGNALS / (6 * _SIGNALS.std(1, keepdim=True, correction=0))
     return scaled - scaled[:, :1]
 
 
-def interpolate(values: Tensor, at: Tensor) -> Tensor:
+def _interpolate(values: Tensor, at: Tensor) -> Tensor:
     """Rows of `values` (N, n), read linearly between neighbours at the positions `at` (N, m); 0 beyond the end."""
     padded = torch.cat([values, values.new_zeros(len(values), 2)], dim=1)
     left = at.floor().clamp(max=values.shape[1]).long()
@@ -64,10 +64,10 @@ def _smoothing() -> Tensor:
     return torch.from_numpy(gaussian_filter1d(np.eye(LENGTH), 2, axis=0)).float()
 
 
-def disguise(
+def _disguise(
     signal: Tensor, padding: Tensor, gain: Tensor, shift: Tensor, slope: Tensor, noise: Tensor, white: Tensor
 ) -> Tensor:
-    """The transformation, given everything that is random about it.
+    """The transformation, given all its random numbers.
 
     Args:
         signal: (N, 12).
@@ -75,7 +75,7 @@ def disguise(
         gain: factor, (N, 1).
         shift: points to rotate by, 0 to 47, (N, 1).
         slope: subtracted from the whole, per 72 points, (N, 1).
-        noise: to be smoothed, in place of what is not signal, (N, 72).
+        noise: smoothed, it replaces what is not signal, (N, 72).
         white: added everywhere, (N, 72).
 
     Returns:
@@ -83,13 +83,13 @@ def disguise(
     """
     time = torch.arange(LENGTH)
     source = (time - shift) % LENGTH * (POINTS + padding - 1) / (LENGTH - 1)
-    stretched = gain * interpolate(signal, source)
+    stretched = gain * _interpolate(signal, source)
     whole = torch.where(source < POINTS, stretched, noise @ _smoothing().T) + white
     whole = whole - slope * torch.linspace(-0.5, 0.5, LENGTH)
-    return interpolate(whole, torch.linspace(0, LENGTH - 1, SAMPLES).expand(len(whole), -1))
+    return _interpolate(whole, torch.linspace(0, LENGTH - 1, SAMPLES).expand(len(whole), -1))
 
 
-def mnist1d(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _examples(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """`count` examples (count, 40), of mean 0 and variance 1 over all, and their digits, in random order."""
 
     def uniform(low: float, high: float) -> Tensor:
@@ -100,20 +100,20 @@ def mnist1d(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
     digit = (torch.arange(count) % 10)[torch.randperm(count, generator=generator)]
     padding, shift = uniform(36, 61).floor(), uniform(0, 48).floor()
-    x = disguise(
-        signals()[digit], padding, uniform(0.8, 1.2), shift, uniform(-0.375, 0.375), normal(0.25), normal(0.02)
+    x = _disguise(
+        _signals()[digit], padding, uniform(0.8, 1.2), shift, uniform(-0.375, 0.375), normal(0.25), normal(0.02)
     )
     return (x - x.mean()) / x.std(correction=0), digit
 
 
 def _data(generator: torch.Generator, model: str, batch_size: int) -> Data:
-    x, y = mnist1d(6000, generator)
+    x, y = _examples(6000, generator)
     x = x.unsqueeze(1) if model == "cnn" else x
     sizes = [4000, 1000, 1000]
     return loaders(*zip(x.split(sizes), y.split(sizes), strict=True), batch_size=batch_size)
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+_MODELS: dict[str, Callable[[], nn.Module]] = {
     "cnn": partial(SmallCNN, 1, 10, (16, 32, 64), dimensions=1),
     "mlp": partial(MLP, SAMPLES, 100, 100, 10),
 }
@@ -122,7 +122,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def _mnist1d(model: str = "cnn", *, batch_size: int = 100, epochs: int = 20) -> Recipe:
     return Recipe(
         data=partial(_data, model=model, batch_size=batch_size),
-        model=MODELS[model],
+        model=_MODELS[model],
         loss=cross_entropy,
         **adamw(1e-2),
         metric=accuracy,
@@ -133,7 +133,7 @@ def _mnist1d(model: str = "cnn", *, batch_size: int = 100, epochs: int = 20) -> 
 
 MNIST1D = Task(
     "mnist1d",
-    "Ten one-dimensional digits, disguised, 4000 of them; CNN (or MLP 40-100-100-10); accuracy.",
+    "4000 one-dimensional signals of ten digits; CNN (or MLP 40-100-100-10); accuracy.",
     _mnist1d,
-    variants=tuple(MODELS),
+    variants=tuple(_MODELS),
 )

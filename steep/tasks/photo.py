@@ -1,4 +1,4 @@
-"""A photograph as a function (x, y) -> (red, green, blue): regression on real data whose result one can look at.
+"""A photograph as a function (x, y) -> (red, green, blue): regression on real data whose result is a picture.
 
 The photograph (scikit-learn's china.jpg or flower.jpg) is reduced by area averaging. A random 80 % of the pixels
 are for training, 10 % for validation, 10 % for testing. The network sees Fourier features of the coordinates

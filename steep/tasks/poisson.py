@@ -26,7 +26,7 @@ from steep.tasks import Task
 from steep.tasks._parts import Part, absolute_error, adamw, loaders, squared_error
 
 
-class ForwardLaplacian(nn.Module):
+class _ForwardLaplacian(nn.Module):
     """A tanh network of two variables that carries its derivatives along: (B, 2) to (B, 4), u, u_x, u_y and Δu.
 
     Args:
@@ -59,12 +59,12 @@ def _tanh(h: Tensor) -> Tensor:
     return torch.stack([y, first * zx, first * zy, first * laplacian - 2 * y * first * (zx**2 + zy**2)], 1)
 
 
-class Residual(nn.Module):
+class _Residual(nn.Module):
     """(B, 3) to (B, 1): points and whether they are on the boundary, to the equation's left side or (evaluated) u."""
 
     def __init__(self, *widths: int):
         super().__init__()
-        self.network = ForwardLaplacian(*widths)
+        self.network = _ForwardLaplacian(*widths)
 
     def forward(self, x: Tensor) -> Tensor:
         u, _, _, laplacian = self.network(x[:, :2]).unbind(1)
@@ -72,18 +72,18 @@ class Residual(nn.Module):
         return torch.where(x[:, 2] > 0, u, inside)[:, None]
 
 
-def solution(points: Tensor) -> Tensor:
+def _solution(points: Tensor) -> Tensor:
     """u at points (B, 2); (B, 1)."""
     return (math.pi * points).sin().prod(1, keepdim=True)
 
 
-def interior(count: int, generator: torch.Generator) -> Part:
+def _interior(count: int, generator: torch.Generator) -> Part:
     """Uniform points with flag 0, and f / π² there."""
     points = torch.rand(count, 2, generator=generator)
-    return torch.cat([points, torch.zeros(count, 1)], 1), 2 * solution(points)
+    return torch.cat([points, torch.zeros(count, 1)], 1), 2 * _solution(points)
 
 
-def boundary(count: int, generator: torch.Generator) -> Part:
+def _boundary(count: int, generator: torch.Generator) -> Part:
     """Uniform points of the four sides with flag 1, and 0."""
     points = torch.rand(count, 2, generator=generator)
     sides = torch.randint(4, (count,), generator=generator)
@@ -92,16 +92,16 @@ def boundary(count: int, generator: torch.Generator) -> Part:
 
 
 def _data(generator: torch.Generator, points: int, batch_size: int) -> Data:
-    (x, y), (xb, yb) = interior(4 * points // 5, generator), boundary(points - 4 * points // 5, generator)
-    held_out = [interior(1000, generator)[0] for _ in range(2)]
-    val, test = ((p, solution(p[:, :2])) for p in held_out)
+    (x, y), (xb, yb) = _interior(4 * points // 5, generator), _boundary(points - 4 * points // 5, generator)
+    held_out = [_interior(1000, generator)[0] for _ in range(2)]
+    val, test = ((p, _solution(p[:, :2])) for p in held_out)
     return loaders((torch.cat([x, xb]), torch.cat([y, yb])), val, test, batch_size=batch_size)
 
 
 def _poisson(*, points: int = 4000, batch_size: int = 100, steps: int = 2000) -> Recipe:
     return Recipe(
         data=partial(_data, points=points, batch_size=batch_size),
-        model=partial(Residual, 32, 32),
+        model=partial(_Residual, 32, 32),
         loss=squared_error,
         **adamw(1e-2),
         metric=absolute_error,

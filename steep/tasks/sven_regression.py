@@ -24,23 +24,25 @@ from steep.tasks import Task
 from steep.tasks._parts import adamw, loaders, squared_error, standardise
 from steep.tasks.networks import MLP
 
-Problem = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+_Problem = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 
-def function_1d(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _function_1d(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Inputs and targets, (count, 1) each."""
     x = torch.empty(count, 1).uniform_(-1, 1, generator=generator)
     return x, (-10 * x**2).exp() * (2 * x).sin()
 
 
-def exponents(variables: int, degree: int) -> Tensor:
+def _exponents(variables: int, degree: int) -> Tensor:
     """Exponents of all monomials of total degree at most `degree`, (monomials, variables)."""
     return torch.tensor([p for p in product(range(degree + 1), repeat=variables) if sum(p) <= degree])
 
 
-def polynomial(count: int, generator: torch.Generator, *, variables: int = 6, degree: int = 4) -> tuple[Tensor, Tensor]:
+def _polynomial(
+    count: int, generator: torch.Generator, *, variables: int = 6, degree: int = 4
+) -> tuple[Tensor, Tensor]:
     """Inputs (count, variables) and values (count, 1) of a random polynomial, drawn with them."""
-    p = exponents(variables, degree)
+    p = _exponents(variables, degree)
     double_factorial = torch.tensor([1.0, *torch.arange(1, 2 * degree, 2).cumprod(0)])  # (2p - 1)!! for p = 0, 1, ...
     coefficients = torch.randn(len(p), generator=generator) / double_factorial[p].prod(1).sqrt()
     x = torch.randn(count, variables, generator=generator)
@@ -51,14 +53,14 @@ def polynomial(count: int, generator: torch.Generator, *, variables: int = 6, de
     return x, (monomials @ coefficients).unsqueeze(1)
 
 
-def _data(generator: torch.Generator, problem: Problem, examples: int, batch_size: int) -> Data:
+def _data(generator: torch.Generator, problem: _Problem, examples: int, batch_size: int) -> Data:
     x, y = problem(3 * examples, generator)
     y = standardise(y, y[:examples])
     return loaders(*zip(x.split(examples), y.split(examples), strict=True), batch_size=batch_size)
 
 
 def _recipe(
-    name: str, problem: Problem, variables: int, *, examples: int = 10_000, batch_size: int = 32, epochs: int = 20
+    name: str, problem: _Problem, variables: int, *, examples: int = 10_000, batch_size: int = 32, epochs: int = 20
 ) -> Recipe:
     return Recipe(
         data=partial(_data, problem=problem, examples=examples, batch_size=batch_size),
@@ -73,10 +75,10 @@ def _recipe(
 FUNCTION_1D = Task(
     "function-1d",
     "exp(-10 x²) sin(2x) on [-1, 1], 10 000 examples; MLP 1-16-16-16-1; squared error.",
-    partial(_recipe, "function-1d", function_1d, 1),
+    partial(_recipe, "function-1d", _function_1d, 1),
 )
 POLYNOMIAL = Task(
     "polynomial",
     "A random polynomial of degree 4 in 6 variables, 10 000 examples; MLP 6-16-16-16-1; squared error.",
-    partial(_recipe, "polynomial", polynomial, 6),
+    partial(_recipe, "polynomial", _polynomial, 6),
 )

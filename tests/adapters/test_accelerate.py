@@ -8,7 +8,7 @@ from parity import BATCH, METHODS, Setting, distance, images, plain
 from torch import nn
 
 import steep
-from steep.adapters.accelerate import FILE, Backward, Batches
+from steep.adapters.accelerate import _FILE, Backward, Batches
 from steep.requires import UnmetRequirement
 from steep.rounds.fedspeed import FedSpeed
 
@@ -84,7 +84,7 @@ def test_resuming_equals_going_on(method, accelerator, tmp_path):
     whole.train(10)
     whole.accelerator.save_state(str(tmp_path), safe_serialization=False)
     whole.train(10)
-    torch.load(tmp_path / FILE, weights_only=True)
+    torch.load(tmp_path / _FILE, weights_only=True)
     again = Host(accelerator(), method, dropout=0.2)
     again.accelerator.load_state(str(tmp_path))
     again.train(10)

@@ -1,5 +1,7 @@
 """The Trainer trains as the plain loop does, splits batches without changing the mean, and resumes exactly."""
 
+import gc
+
 import pytest
 import torch
 from parity import BATCH, COUNT, METHODS, Setting, cross_entropy, distance, images, plain
@@ -15,8 +17,17 @@ transformers = pytest.importorskip("transformers", reason="needs the extra steep
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from steep.adapters.batches import Positions  # noqa: E402
-from steep.adapters.hf import FILE, SteepMixin  # noqa: E402
+from steep.adapters._batches import Positions  # noqa: E402
+from steep.adapters.hf import _FILE, SteepMixin  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What is imported is never garbage: the Trainer collects after every run, and would search all of it each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class MyTrainer(SteepMixin, Trainer):
@@ -85,7 +96,7 @@ def test_resuming_equals_going_on(method, tmp_path):
     whole = Setting(method, dropout=0.2)
     trainer(whole, tmp_path, save_strategy="steps", save_steps=10).train()
     checkpoint = tmp_path / "checkpoint-10"
-    torch.load(checkpoint / FILE, weights_only=True)
+    torch.load(checkpoint / _FILE, weights_only=True)
     again = Setting(method, dropout=0.2)
     trainer(again, tmp_path).train(resume_from_checkpoint=str(checkpoint))
     assert distance(again.model, whole.model) == 0
@@ -118,7 +129,7 @@ def test_held_out_losses_are_reported_without_the_methods_memory(tmp_path):
     found.train()
     loss = found.evaluate(Examples())["eval_loss"]
     x, y = images()
-    assert loss == pytest.approx(float(cross_entropy(setting.model(x)["logits"], y).mean()), rel=1e-5)
+    assert loss == pytest.approx(cross_entropy(setting.model(x)["logits"], y).mean().item(), rel=1e-5)
 
 
 def test_clipping_follows_the_rule(tmp_path):

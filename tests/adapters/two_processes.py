@@ -1,10 +1,12 @@
 """What two processes do; apart from the tests, so that a new process can import it."""
 
 import datetime
+import importlib.util
 import os
 import tempfile
 import time
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -14,34 +16,40 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import steep
-from steep.adapters import distributed
-from steep.adapters.attached import Attached
-from steep.adapters.distributed import Exchange, GlobalBatch, check_sharding, sharded
+from steep.adapters import _global_rows
+from steep.adapters._attached import Attached
+from steep.adapters._global_rows import Exchange
+from steep.adapters._sharding import check_sharding
+from steep.adapters.distributed import GlobalBatch, sharded
 from steep.backward.sven import Sven
 from steep.optim.adabelief import AdaBelief
 from steep.optim.adamp import AdamP
 from steep.requires import UnmetRequirement
 
-LIMIT = 60  # seconds
+LIMIT = 60  # seconds that a process waits for the other
+# Imported once, in the server from which both processes are forked: importing is most of what they do.
+PRELOAD = ["steep", "accelerate", "transformers.trainer", "torch.distributed.fsdp"]
+TRANSFORMERS = importlib.util.find_spec("transformers") is not None
 
 
-def _enter(rank, world, path, work):
+def _enter(rank, world, path, works):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # read by Accelerate, which finds the group made
     limit = datetime.timedelta(seconds=LIMIT)
     dist.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=world, timeout=limit)
     try:
-        torch.save(work(rank), f"{path}/{rank}")
+        torch.save({name: work(rank) for name, work in works.items()}, f"{path}/{rank}")
     finally:
         dist.destroy_process_group()
 
 
-def in_two(work):
-    """What `work(rank)` returns in each of two processes, which are ended when they take too long."""
+def in_two(works):
+    """What every `work(rank)` returns, by name, in each of two processes, which are ended when they take too long."""
+    torch.multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as path:
-        context = start_processes(_enter, (2, path, work), 2, join=False, start_method="spawn")
-        end = time.monotonic() + LIMIT
+        context = start_processes(_enter, (2, path, works), 2, join=False, start_method="forkserver")
+        end = time.monotonic() + 2 * LIMIT
         try:
             while not context.join(timeout=1):
                 assert time.monotonic() < end, "the processes hang"
@@ -120,12 +128,13 @@ CASES = [("mlp", name) for name in RULES] + [
 def all_cases(rank):
     found = {}
     for split in (6, 5):  # even, uneven
-        distributed.CHUNK = 2**19 if split == 6 else 60  # rows of layers without a rule go in one piece, or in several
         cut = slice(0, split) if rank == 0 else slice(split, 12)
         for kind, name in CASES:
             model = mixed(kind)
             rule = GlobalBatch(RULES[name](model))
-            state = trained(model, DistributedDataParallel(model), rule, cut)
+            # rows of layers without a rule are sent in one piece, or in several
+            with mock.patch.object(_global_rows, "CHUNK", 2**19 if split == 6 else 60):
+                state = trained(model, DistributedDataParallel(model), rule, cut)
             found[split, kind, name] = state, rule.sent_bytes
     return found
 
@@ -229,3 +238,8 @@ def with_trainer(rank):
         ).train()
         processes = args.world_size
     return processes, model.state_dict()
+
+
+WORKS = {"cases": all_cases, "refusals": refusals, "shards": on_shards, "accelerate": with_accelerate}
+if TRANSFORMERS:
+    WORKS["trainer"] = with_trainer

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from steep.adapters.attached import Attached
+from steep.adapters._attached import Attached
 from steep.backward.wta_crs import (
     ESTIMATORS,
     HUGE,

@@ -1,68 +1,36 @@
 """FedAvg: NumPy reference, the cases where it is plain SGD, its drift, resume, messages."""
 
 import copy
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from federated_problems import (
+    advance,
+    classes,
+    generator,
+    least_squares,
+    linear,
+    losses_of,
+    network,
+    residuals,
+    resumed,
+    trained,
+    weights,
+)
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 import steep
 from steep.rounds import _federated as fed
 from steep.rounds.fedavg import FedAvg
 from steep.utils.randomness import Stream
 
-LEAST_SQUARES = [(5, 1.0), (12, -2.0), (8, 4.0), (20, 0.5)]  # examples and slope of each client
-
-
-def residuals(model, batch):
-    return 0.5 * (model(batch[0]).squeeze(1) - batch[1]).square()
-
-
-def least_squares(seed=0):
-    """Clients of unlike size and slope, each giving all its data as one batch; and the same as arrays."""
-    rng = np.random.default_rng(seed)
-    arrays = [(x := rng.normal(size=(n, 3)), slope * x.sum(1) + 0.1 * rng.normal(size=n)) for n, slope in LEAST_SQUARES]
-    loaders = [steep.tensor_loader(torch.from_numpy(x), torch.from_numpy(y), len(x)) for x, y in arrays]
-    return arrays, loaders
-
-
-def linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Linear(3, 1, bias=False).double()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def classes(seed=0, clients=6, batch_size=4):
-    torch.manual_seed(seed)
-    y = torch.randint(3, (90,))
-    x = torch.eye(3)[y].repeat(1, 2) + 0.5 * torch.randn(90, 6)
-    return steep.dirichlet_clients(x, y, generator(seed), clients=clients, alpha=0.5, batch_size=batch_size)
-
-
-def network(seed=0, dropout=0.2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-
-
-def losses_of(model, batch):
-    return cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
 
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("clip_norm", [2.0, math.inf])
 def test_first_rounds_match_numpy(weighted, clip_norm):
-    arrays, loaders = least_squares()
+    arrays, loaders = least_squares(4)
     model = linear()
     w = model.weight.detach().numpy().ravel().copy()
     hyper = {"lr": 0.05, "lr_decay": 0.5, "weight_decay": 0.1, "clip_norm": clip_norm, "weighted": weighted}
@@ -103,7 +71,7 @@ def test_one_client_is_plain_sgd_bit_for_bit():
 
 
 def test_one_local_step_on_all_data_is_gradient_descent_on_the_union():
-    arrays, loaders = least_squares()
+    arrays, loaders = least_squares(4)
     model, plain = linear(), linear()
     rounds = FedAvg(model, loaders, residuals, generator=generator(), fraction=1.0, local_steps=1, lr=0.1)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -118,18 +86,26 @@ def test_one_local_step_on_all_data_is_gradient_descent_on_the_union():
 
 def test_more_local_steps_leave_the_minimiser():
     """The drift that the later methods remove: exact with one local step, off with many."""
-    arrays, loaders = least_squares()
+    arrays, loaders = least_squares(4)
     x, y = (np.concatenate(part) for part in zip(*arrays, strict=True))
     best = torch.from_numpy(np.linalg.lstsq(x, y, rcond=None)[0])
     gaps = []
     for local_steps, count in ((1, 250), (10, 50)):
         model = linear()
         rounds = FedAvg(model, loaders, residuals, generator=generator(), fraction=1.0, local_steps=local_steps)
-        for _ in range(count):
-            next(rounds)
+        advance(rounds, count)
         gaps.append((weights(model) - best).norm().item())
     assert gaps[0] < 1e-6
     assert gaps[1] > 0.1
+
+
+@pytest.fixture(scope="module")
+def default():
+    return trained(FedAvg)
+
+
+def test_seeded_runs_are_equal(default):
+    assert torch.equal(trained(FedAvg), default)
 
 
 @pytest.mark.parametrize(
@@ -142,26 +118,17 @@ def test_more_local_steps_leave_the_minimiser():
         {"weighted": False},
         {"weight_decay": 0.01},
         {"clip_norm": 0.1},
-        {"generator": generator(5)},
+        {"seed": 5},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_argument_has_an_effect(change):
-    def trained(**hyper):
-        model = network()
-        hyper = {"generator": generator(), "fraction": 0.5, "local_steps": 3} | hyper
-        rounds = FedAvg(model, classes(), losses_of, **hyper)
-        for _ in range(3):
-            next(rounds)
-        return weights(model)
-
-    assert torch.equal(trained(), trained())
-    assert not torch.allclose(trained(), trained(**change), atol=1e-6)
+def test_every_argument_has_an_effect(change, default):
+    assert not torch.allclose(default, trained(FedAvg, **change), atol=1e-6)
 
 
 def test_batchnorms_statistics_are_averaged_over_the_sampled_clients():
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=1.0), nn.Linear(3, 1)).double()
-    arrays, loaders = least_squares()
+    arrays, loaders = least_squares(4)
     next(FedAvg(model, loaders, residuals, generator=generator(), fraction=1.0, local_steps=1))
     means = [x.mean(0) for x, _ in arrays]
     expected = np.average(means, axis=0, weights=[len(x) for x, _ in arrays])
@@ -191,20 +158,8 @@ def test_resume_is_exact():
     def make(seed):
         return FedAvg(network(seed), classes(), losses_of, generator=generator(seed), fraction=0.5, lr_decay=0.9)
 
-    straight = make(0)
-    for _ in range(6):
-        expected = next(straight)
-    first = make(0)
-    for _ in range(3):
-        next(first)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    second = make(1)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    for _ in range(3):
-        found = next(second)
-    assert torch.equal(found, expected)
+    straight, (second, found) = make(0), resumed(make, 3)
+    assert all(map(torch.equal, found, advance(straight, 6)))
     assert torch.equal(weights(second.model), weights(straight.model))
     assert second.server["lr"] == straight.server["lr"] == pytest.approx(0.1 * 0.9**6)
 
@@ -247,8 +202,7 @@ def test_learns_what_no_client_could_alone():
             torch.manual_seed(seed)
             model = nn.Linear(8, 6)
             rounds = FedAvg(model, loaders, losses_of, generator=generator(seed), fraction=1.0, local_steps=5)
-            for _ in range(15):
-                next(rounds)
+            advance(rounds, 15)
             return (model(x).argmax(1) == y).float().mean().item()
 
         gains.append(scored(clients) - max(scored([client]) for client in clients))

@@ -2,13 +2,25 @@
 
 import copy
 import dataclasses
-import io
 import math
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from federated_problems import (
+    advance,
+    classes,
+    generator,
+    least_squares,
+    linear,
+    losses_of,
+    network,
+    residuals,
+    resumed,
+    trained,
+    weights,
+)
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -20,59 +32,7 @@ from steep.rounds.fedavg import FedAvg
 from steep.rounds.fedspeed import FedSpeed
 from steep.utils.randomness import Stream
 
-LEAST_SQUARES = [(5, 1.0), (12, -2.0), (8, 4.0), (20, 0.5), (6, -1.0)]  # examples and slope of each client
 PLAIN = {"lr_decay": 1.0, "weight_decay": 0.0, "clip_norm": math.inf}
-
-
-def residuals(model, batch):
-    return 0.5 * (model(batch[0]).squeeze(1) - batch[1]).square()
-
-
-def least_squares(seed=0):
-    """Clients of unlike size and slope, each giving all its data as one batch; and the same as arrays."""
-    rng = np.random.default_rng(seed)
-    arrays = [(x := rng.normal(size=(n, 3)), slope * x.sum(1) + 0.1 * rng.normal(size=n)) for n, slope in LEAST_SQUARES]
-    loaders = [steep.tensor_loader(torch.from_numpy(x), torch.from_numpy(y), len(x)) for x, y in arrays]
-    return arrays, loaders
-
-
-def linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Linear(3, 1, bias=False).double()
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def classes(seed=0, clients=6, batch_size=4):
-    torch.manual_seed(seed)
-    y = torch.randint(3, (90,))
-    x = torch.eye(3)[y].repeat(1, 2) + 0.5 * torch.randn(90, 6)
-    return steep.dirichlet_clients(x, y, generator(seed), clients=clients, alpha=0.5, batch_size=batch_size)
-
-
-def network(seed=0, dropout=0.2):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-
-
-def losses_of(model, batch):
-    return cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def trained(method=FedSpeed, *, count=3, seed=0, **hyper):
-    """A small network after some rounds."""
-    model = network()
-    hyper = {"generator": generator(seed), "fraction": 0.5, "local_steps": 3} | hyper
-    rounds = method(model, classes(), losses_of, **hyper)
-    for _ in range(count):
-        next(rounds)
-    return weights(model)
 
 
 # ---- references
@@ -129,9 +89,14 @@ def test_first_rounds_match_numpy(dual_average, normalize, fraction):
 
 def test_both_forms_agree_when_every_client_takes_part():
     torch.testing.assert_close(
-        trained(fraction=1.0, dual_average="all"), trained(fraction=1.0, dual_average="active"), rtol=1e-4, atol=1e-5
+        trained(FedSpeed, fraction=1.0, dual_average="all"),
+        trained(FedSpeed, fraction=1.0, dual_average="active"),
+        rtol=1e-4,
+        atol=1e-5,
     )
-    assert not torch.allclose(trained(dual_average="all"), trained(dual_average="active"), atol=1e-2)
+    assert not torch.allclose(
+        trained(FedSpeed, dual_average="all"), trained(FedSpeed, dual_average="active"), atol=1e-2
+    )
 
 
 def test_without_ascent_it_is_feddyn():
@@ -187,15 +152,15 @@ def test_without_duals_and_ascent_it_is_fedprox():
 def test_without_prox_and_ascent_it_is_fedavg(dual_average, off):
     shared = {"lr_decay": 0.9, "weight_decay": 0.01, "clip_norm": 0.5}
     plain = trained(FedAvg, weighted=False, **shared)
-    assert torch.equal(trained(prox=0.0, dual_average=dual_average, **off, **shared), plain)
-    assert not torch.equal(trained(prox=0.1, dual_average=dual_average, **off, **shared), plain)
-    assert not torch.equal(trained(prox=0.0, dual_average=dual_average, **shared), plain)
+    assert torch.equal(trained(FedSpeed, prox=0.0, dual_average=dual_average, **off, **shared), plain)
+    assert not torch.equal(trained(FedSpeed, prox=0.1, dual_average=dual_average, **off, **shared), plain)
+    assert not torch.equal(trained(FedSpeed, prox=0.0, dual_average=dual_average, **shared), plain)
 
 
 def test_without_length_the_share_of_the_ascent_does_not_matter_nor_the_reverse():
-    assert torch.equal(trained(rho=0.0, alpha=1.0), trained(rho=0.0, alpha=0.3))
-    assert torch.equal(trained(rho=0.1, alpha=0.0), trained(rho=0.7, alpha=0.0))
-    assert torch.equal(trained(rho=0.0), trained(alpha=0.0))
+    assert torch.equal(trained(FedSpeed, rho=0.0, alpha=1.0), trained(FedSpeed, rho=0.0, alpha=0.3))
+    assert torch.equal(trained(FedSpeed, rho=0.1, alpha=0.0), trained(FedSpeed, rho=0.7, alpha=0.0))
+    assert torch.equal(trained(FedSpeed, rho=0.0), trained(FedSpeed, alpha=0.0))
 
 
 # ---- the fixed point
@@ -227,8 +192,7 @@ def solved(count=50, fraction=1.0, **hyper):
     model = Point()
     hyper = {"local_steps": 5, "lr": 0.3, "prox": 1.0, "rho": 0.0} | PLAIN | hyper
     rounds = FedSpeed(model, loaders, quadratic, generator=generator(), fraction=fraction, **hyper)
-    for _ in range(count):
-        next(rounds)
+    advance(rounds, count)
     gradients = (a @ (best - c)[..., None]).squeeze(2)
     return (model.x.detach() - best).norm().item(), gradients, [fed.take("dual", s).get("x") for s in rounds.states]
 
@@ -243,8 +207,9 @@ def test_fixed_point_is_the_global_minimiser_and_duals_are_the_gradients_there(d
 
 
 def test_fixed_point_of_fedprox_is_another():
-    assert solved(20, dual_average="none")[0] > 0.3
-    assert solved(20, dual_average="none")[0] == pytest.approx(solved(40, dual_average="none")[0], rel=1e-2)
+    early, late = (solved(count, dual_average="none")[0] for count in (20, 40))
+    assert early > 0.3
+    assert early == pytest.approx(late, rel=1e-2)
 
 
 def test_partial_participation_reaches_the_minimiser_with_duals_over_all_only():
@@ -307,6 +272,15 @@ def test_batchnorm_sees_each_batch_once_and_is_averaged():
 # ---- the contract
 
 
+@pytest.fixture(scope="module")
+def default():
+    return trained(FedSpeed)
+
+
+def test_seeded_runs_are_equal(default):
+    assert torch.equal(trained(FedSpeed), default)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -326,9 +300,8 @@ def test_batchnorm_sees_each_batch_once_and_is_averaged():
     ],
     ids=lambda change: "-".join(map(str, *change.items())),
 )
-def test_every_argument_has_an_effect(change):
-    assert torch.equal(trained(), trained())
-    assert not torch.allclose(trained(), trained(**change), atol=1e-5)
+def test_every_argument_has_an_effect(change, default):
+    assert not torch.allclose(default, trained(FedSpeed, **change), atol=1e-5)
 
 
 @pytest.mark.parametrize("dual_average", ["all", "active"])
@@ -375,18 +348,8 @@ def test_resume_is_exact(dual_average):
         hyper = {"fraction": 0.5, "local_steps": 4, "dual_average": dual_average}
         return FedSpeed(network(seed), classes(), losses_of, generator=generator(seed), **hyper)
 
-    straight = make(0)
-    expected = [next(straight) for _ in range(6)]
-    first = make(0)
-    found = [next(first) for _ in range(3)]
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    second = make(1)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    assert torch.equal(weights(second.model), weights(first.model))
-    found += [next(second) for _ in range(3)]
-    assert all(map(torch.equal, found, expected))
+    straight, (second, found) = make(0), resumed(make, 3)
+    assert all(map(torch.equal, found, advance(straight, 6)))
     assert torch.equal(weights(second.model), weights(straight.model))
 
 
@@ -430,7 +393,7 @@ def test_no_clients_and_empty_clients():
         FedSpeed(network(), [classes()[0], []], losses_of, generator=generator())
 
 
-def test_card_puts_it_into_a_recipe():
+def test_its_entry_puts_it_into_a_recipe():
     def data(g):
         x, y = torch.randn(60, 6, generator=g), torch.arange(60) % 3
         split = steep.split_loaders(x, y, g, batch_size=8)
@@ -460,16 +423,14 @@ def digits():
     return torch.from_numpy(x).float() / 16, torch.from_numpy(y)
 
 
-def accuracy(digits, method, seed, count=10, **hyper):
-    """Of an MLP on 450 held-out digits, after rounds with 5 of 20 clients, most with one or two classes each."""
+def accuracy(digits, method, seed, **hyper):
+    """Of an MLP on 450 held-out digits, after 10 rounds with 3 of 10 clients, most with one or two classes each."""
     (x, y), g = digits, generator(seed)
     held_out, rest = torch.randperm(len(x), generator=g).split([450, len(x) - 450])
-    clients = steep.dirichlet_clients(x[rest], y[rest], g, clients=20, alpha=0.1, batch_size=20)
+    clients = steep.dirichlet_clients(x[rest], y[rest], g, clients=10, alpha=0.1, batch_size=20)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    rounds = method(model, clients, losses_of, generator=g, **hyper)
-    for _ in range(count):
-        next(rounds)
+    advance(method(model, clients, losses_of, generator=g, fraction=0.3, **hyper), 10)
     return (model(x[held_out]).argmax(1) == y[held_out]).float().mean().item()
 
 

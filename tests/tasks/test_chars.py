@@ -4,7 +4,7 @@ import torch
 
 import steep
 from steep.tasks import task
-from steep.tasks.chars import corpus
+from steep.tasks.chars import _corpus
 
 
 def generator(seed=0):
@@ -12,13 +12,13 @@ def generator(seed=0):
 
 
 def decode(ids):
-    return "".join(corpus()[1][i] for i in ids.tolist())
+    return "".join(_corpus()[1][i] for i in ids.tolist())
 
 
 def test_the_corpus_is_the_help_text():
     from pydoc_data.topics import topics
 
-    ids, alphabet = corpus()
+    ids, alphabet = _corpus()
     text = decode(ids)
     assert len(text) > 300_000
     assert all(topics[name] in text for name in ("lambda", "yield", "atom-identifiers"))
@@ -31,14 +31,14 @@ def test_targets_are_the_next_characters():
     assert x.shape == y.shape
     assert x.shape[1] == 32
     assert torch.equal(x[:, 1:], y[:, :-1])
-    assert decode(torch.cat([x[0], y[0, -1:]])) in decode(corpus()[0])
+    assert decode(torch.cat([x[0], y[0, -1:]])) in decode(_corpus()[0])
 
 
 def test_windows_do_not_overlap_and_are_used_once():
     data = task("chars").data(generator())
     parts = [loader.dataset[:] for loader in (data.train, data.val, data.test)]
     windows = torch.cat([torch.cat([x, y[:, -1:]], 1) for x, y, _ in parts])
-    text = corpus()[0]
+    text = _corpus()[0]
     whole = text[: len(text) // 33 * 33].view(-1, 33)
     assert sorted(map(tuple, windows.tolist())) == sorted(map(tuple, whole.tolist()))
     share = [len(x) / len(windows) for x, *_ in parts]
@@ -56,14 +56,14 @@ def test_context_is_an_option():
 def test_the_loss_is_in_nats_per_character():
     recipe = task("chars")
     x, y, _ = next(iter(recipe.data(generator()).train))
-    uniform = torch.zeros(*x.shape, len(corpus()[1]))
-    expected = torch.full((len(x),), float(len(corpus()[1]))).log()
+    uniform = torch.zeros(*x.shape, len(_corpus()[1]))
+    expected = torch.full((len(x),), float(len(_corpus()[1]))).log()
     torch.testing.assert_close(recipe.loss(uniform, y), expected)
 
 
 def test_learning_goes_beyond_letter_frequencies():
     """Entropy of single characters is the best that any model without context can do."""
-    share = corpus()[0].bincount().double() / len(corpus()[0])
+    share = _corpus()[0].bincount().double() / len(_corpus()[0])
     entropy = -(share * share.log()).sum().item()
     recipe = task("chars", steps=120)
     loss = steep.fit(recipe, progress=False, evaluate_every=1000).val["loss"]

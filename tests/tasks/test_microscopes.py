@@ -6,7 +6,7 @@ import torch
 
 import steep
 from steep.tasks import task
-from steep.tasks.microscopes import quadratic
+from steep.tasks.microscopes import _least_squares
 
 
 def generator(seed=0):
@@ -21,14 +21,14 @@ def full(recipe, seed=0):
 
 
 def test_the_hessian_has_the_stated_spectrum():
-    a, _ = quadratic(64, 16, 1e3, generator())
+    a, _ = _least_squares(64, 16, 1e3, generator())
     hessian = 2 / 64 * a.double().T @ a.double()
     eigenvalues = np.linalg.eigvalsh(hessian.numpy())[::-1]
     np.testing.assert_allclose(eigenvalues, 10 ** -np.linspace(0, 3, 16), rtol=1e-4, atol=1e-7)
 
 
 def test_the_minimum_is_zero():
-    a, b = quadratic(64, 16, 10.0, generator())
+    a, b = _least_squares(64, 16, 10.0, generator())
     theta = np.linalg.lstsq(a.double().numpy(), b.double().numpy(), rcond=None)[0]
     assert np.abs(a.numpy() @ theta - b.numpy()).max() < 1e-5
     assert 0.3 < np.var(theta) < 3

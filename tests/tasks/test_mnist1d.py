@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from steep.tasks import task
-from steep.tasks.mnist1d import SIGNALS, disguise, interpolate, mnist1d, signals
+from steep.tasks.mnist1d import _SIGNALS, _disguise, _examples, _interpolate, _signals
 
 
 def generator(seed=0):
@@ -34,16 +34,16 @@ def test_disguise_is_the_papers():
     padding[:2], shift[:2] = (36, 60), (0, 47)
     gain, slope = random.uniform(0.8, 1.2, n), random.uniform(-0.375, 0.375, n)
     noise, white = 0.25 * random.normal(size=(n, 72)), 0.02 * random.normal(size=(n, 72))
-    signal = signals()[torch.arange(n) % 10]
+    signal = _signals()[torch.arange(n) % 10]
     columns = [torch.from_numpy(v).float().unsqueeze(1) for v in (padding, gain, shift, slope)]
-    ours = disguise(signal, *columns, *(torch.from_numpy(v).float() for v in (noise, white)))
+    ours = _disguise(signal, *columns, *(torch.from_numpy(v).float() for v in (noise, white)))
     rows = zip(signal.numpy(), padding, gain, shift, slope, noise, white, strict=True)
     np.testing.assert_allclose(ours, np.stack([reference(*row) for row in rows]), atol=2e-5)
 
 
 def test_signals_begin_and_end_at_zero_with_variance_one_over_36():
-    ours = signals().numpy()
-    raw = SIGNALS.numpy()
+    ours = _signals().numpy()
+    raw = _SIGNALS.numpy()
     np.testing.assert_allclose(ours[:, [0, -1]], 0, atol=1e-7)
     np.testing.assert_allclose(ours.var(1), 1 / 36, rtol=1e-5)
     np.testing.assert_allclose(np.diff(ours) * 6, np.diff(raw) / raw.std(1, keepdims=True), atol=1e-5)
@@ -53,21 +53,21 @@ def test_signals_begin_and_end_at_zero_with_variance_one_over_36():
 def test_interpolation_reads_between_neighbours_and_nothing_beyond():
     values = torch.tensor([[1.0, 3.0, 7.0]])
     at = torch.tensor([[0.0, 0.5, 1.25, 2.0, 2.5, 3.0, 40.0]])
-    assert interpolate(values, at).tolist() == [[1, 2, 4, 7, 3.5, 0, 0]]
+    assert _interpolate(values, at).tolist() == [[1, 2, 4, 7, 3.5, 0, 0]]
 
 
 def test_the_random_draws_have_the_published_ranges(monkeypatch):
-    """What `mnist1d` hands to `disguise`: means and ranges of 20 000 draws."""
+    """What `_examples` gives to `_disguise`: means and ranges of 20 000 draws."""
     import steep.tasks.mnist1d as module
 
     drawn = {}
 
     def spy(signal, padding, gain, shift, slope, noise, white):
         drawn.update(padding=padding, gain=gain, shift=shift, slope=slope, noise=noise, white=white)
-        return disguise(signal, padding, gain, shift, slope, noise, white)
+        return _disguise(signal, padding, gain, shift, slope, noise, white)
 
-    monkeypatch.setattr(module, "disguise", spy)
-    mnist1d(20_000, generator())
+    monkeypatch.setattr(module, "_disguise", spy)
+    _examples(20_000, generator())
     assert sorted(drawn["padding"].unique().tolist()) == list(range(36, 61))
     assert sorted(drawn["shift"].unique().tolist()) == list(range(48))
     for name, low, high in (("padding", 36, 60), ("shift", 0, 47), ("gain", 0.8, 1.2), ("slope", -0.375, 0.375)):
@@ -79,7 +79,7 @@ def test_the_random_draws_have_the_published_ranges(monkeypatch):
 
 
 def test_examples_are_balanced_centred_and_in_random_order():
-    x, y = mnist1d(1000, generator())
+    x, y = _examples(1000, generator())
     assert y.bincount().tolist() == [100] * 10
     assert x.shape == (1000, 40)
     assert x.mean().abs() < 1e-5
@@ -100,6 +100,6 @@ def test_logistic_regression_reaches_the_published_accuracy():
     """32 % in the paper: an easier or harder generator would show here."""
     from sklearn.linear_model import LogisticRegression
 
-    x, y = mnist1d(5000, generator())
+    x, y = _examples(5000, generator())
     fitted = LogisticRegression(max_iter=200).fit(x[:4000], y[:4000])
     assert 0.27 < fitted.score(x[4000:], y[4000:]) < 0.38

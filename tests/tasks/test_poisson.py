@@ -9,7 +9,7 @@ from torch import nn
 import steep
 from steep.per_example import PerExample
 from steep.tasks import task
-from steep.tasks.poisson import ForwardLaplacian, Residual, boundary, interior, solution
+from steep.tasks.poisson import _boundary, _ForwardLaplacian, _interior, _Residual, _solution
 
 
 def generator(seed=0):
@@ -30,7 +30,7 @@ def plain(network):
 
 def test_values_gradient_and_laplacian_equal_autograds():
     torch.manual_seed(0)
-    network = ForwardLaplacian(7, 5).double()
+    network = _ForwardLaplacian(7, 5).double()
     for layer in network.layers:
         nn.init.normal_(layer.weight)
     x, u = torch.rand(6, 2).double(), plain(network)
@@ -39,12 +39,12 @@ def test_values_gradient_and_laplacian_equal_autograds():
 
 
 def test_the_solution_solves_the_equation():
-    x, target = interior(5, generator())
+    x, target = _interior(5, generator())
     for point, value in zip(x[:, :2].double(), target, strict=True):
-        laplacian = torch.func.hessian(lambda p: solution(p[None])[0, 0])(point).trace()
+        laplacian = torch.func.hessian(lambda p: _solution(p[None])[0, 0])(point).trace()
         torch.testing.assert_close(-laplacian / math.pi**2, value[0].double(), rtol=1e-5, atol=1e-5)
-    x, target = boundary(200, generator())
-    torch.testing.assert_close(solution(x[:, :2]), target, rtol=0, atol=1e-6)
+    x, target = _boundary(200, generator())
+    torch.testing.assert_close(_solution(x[:, :2]), target, rtol=0, atol=1e-6)
     assert {tuple(side) for side in (x[:, :2] == 1).int().tolist()} | {
         tuple(side) for side in (x[:, :2] == 0).int().tolist()
     } == {(0, 0), (0, 1), (1, 0)}
@@ -52,14 +52,14 @@ def test_the_solution_solves_the_equation():
 
 def test_training_returns_residuals_and_evaluation_the_solution():
     torch.manual_seed(0)
-    model, x = Residual(4), torch.tensor([[0.3, 0.4, 0.0], [0.0, 0.4, 1.0]])
+    model, x = _Residual(4), torch.tensor([[0.3, 0.4, 0.0], [0.0, 0.4, 1.0]])
     u, _, _, laplacian = model.network(x[:, :2]).unbind(1)
     torch.testing.assert_close(model.train()(x)[:, 0], torch.stack([-laplacian[0] / math.pi**2, u[1]]))
     torch.testing.assert_close(model.eval()(x)[:, 0], u)
 
 
 def test_per_example_gradients_have_closed_forms():
-    model, x = Residual(8, 8), interior(6, generator())[0]
+    model, x = _Residual(8, 8), _interior(6, generator())[0]
     engine = PerExample(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""`function-1d` and `polynomial`: the problems as their card states them, recomputed in NumPy."""
+"""`function-1d` and `polynomial`: the problems as their paper states them, recomputed in NumPy."""
 
 from itertools import combinations_with_replacement
 
@@ -8,7 +8,7 @@ import torch
 
 import steep
 from steep.tasks import task
-from steep.tasks.sven_regression import exponents, function_1d, polynomial
+from steep.tasks.sven_regression import _exponents, _function_1d, _polynomial
 
 
 def generator(seed=0):
@@ -27,7 +27,7 @@ def monomials(x, degree):
 
 
 def test_there_are_210_monomials():
-    p = exponents(6, 4)
+    p = _exponents(6, 4)
     assert p.shape == (210, 6)
     assert p.sum(1).max() == 4
     assert len(p.unique(dim=0)) == 210
@@ -37,7 +37,7 @@ def test_the_polynomial_is_one_with_coefficients_of_the_stated_size():
     """Least squares on all 210 monomials leaves nothing, and finds N(0, 1) coefficients of m / sqrt(E[m²])."""
     normalised = []
     for seed in range(3):
-        x, y = polynomial(600, generator(seed))
+        x, y = _polynomial(600, generator(seed))
         design, squares = monomials(x.double().numpy(), 4)
         coefficients, *_ = np.linalg.lstsq(design, y.double().numpy()[:, 0], rcond=None)
         np.testing.assert_allclose(design @ coefficients, y[:, 0], atol=1e-3)
@@ -52,7 +52,7 @@ def test_the_polynomial_is_one_with_coefficients_of_the_stated_size():
 
 def test_terms_multiply_their_factors():
     """The published generator added them; then nothing of degree 2 in two different variables could occur."""
-    x, y = polynomial(600, generator())
+    x, y = _polynomial(600, generator())
     design, _ = monomials(x.double().numpy(), 4)
     lower = design[:, [i for i in range(210) if i < 7]]  # constant and linear terms
     explained = lower @ np.linalg.lstsq(lower, y.double().numpy(), rcond=None)[0]
@@ -60,17 +60,17 @@ def test_terms_multiply_their_factors():
 
 
 def test_inputs_are_standard_normal_and_the_polynomial_changes_with_the_seed():
-    x, _ = polynomial(5000, generator())
+    x, _ = _polynomial(5000, generator())
     assert x.mean(0).abs().max() < 4 / 5000**0.5
     assert (x.std(0) - 1).abs().max() < 4 / 10_000**0.5
-    other = polynomial(5000, generator(1))
+    other = _polynomial(5000, generator(1))
     assert not torch.equal(x, other[0])
-    small, _ = polynomial(10, generator(), variables=2, degree=3)
+    small, _ = _polynomial(10, generator(), variables=2, degree=3)
     assert small.shape == (10, 2)
 
 
 def test_function_1d():
-    x, y = function_1d(1000, generator())
+    x, y = _function_1d(1000, generator())
     assert -1 <= x.min() < -0.99
     assert 0.99 < x.max() <= 1
     np.testing.assert_allclose(y, np.exp(-10 * x.numpy() ** 2) * np.sin(2 * x.numpy()), atol=1e-6)

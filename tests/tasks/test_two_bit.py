@@ -5,12 +5,12 @@ import torch
 
 import steep
 from steep.tasks import task
-from steep.tasks.two_bit import domain
+from steep.tasks.two_bit import _domain
 
 
 @pytest.mark.parametrize("flip", [0.1, 0.2, 0.5, 0.9])
 def test_a_domain_has_the_very_probabilities(flip):
-    x, y = domain(flip)
+    x, y = _domain(flip)
     right = (x > 0) == (y > 0)[:, None]
     assert x.shape == (80, 2)
     assert x.abs().unique().tolist() == [1]

@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from steep.adapters.distributed import GlobalBatch, check_sharding
+from steep.adapters._sharding import check_sharding
+from steep.adapters.distributed import GlobalBatch
 from steep.batches import Batch
 from steep.loop.checkpoint import CheckpointError
 from steep.recipe import Mean

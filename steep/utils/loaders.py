@@ -1,0 +1,47 @@
+"""A loader around another one, which still has everything that the inner loader has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+class LoaderWrapper:
+    """Base of loaders that wrap another one: whatever they do not define is the inner loader's.
+
+    That covers its dataset, samplers and generators, which `fit` saves and restores, and its `step` and `report`. A
+    wrapper with a state of its own puts `inner_state` into its `state_dict`.
+
+    Args:
+        loader: the inner loader.
+
+    Example:
+        >>> import steep, torch
+        >>> wrapped = LoaderWrapper(steep.tensor_loader(torch.zeros(10, 1), torch.zeros(10), batch_size=4))
+        >>> len(wrapped), len(wrapped.dataset)
+        (3, 10)
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def inner_state(self) -> dict[str, Any]:
+        """The inner loader's state under "loader", or nothing where it has none."""
+        return {"loader": self.loader.state_dict()} if hasattr(self.loader, "state_dict") else {}
+
+    def load_inner_state(self, state: dict[str, Any]) -> None:
+        """Restore what `inner_state` saved."""
+        if "loader" in state:
+            self.loader.load_state_dict(state["loader"])
+
+    def __getattr__(self, name: str) -> Any:
+        # `loader` is absent while the object is being copied or unpickled: looking it up would never end
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
