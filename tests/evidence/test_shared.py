@@ -18,6 +18,7 @@ import pytest
 from optuna.trial import TrialState
 from typer.testing import CliRunner
 
+import steep
 from steep.cli import app
 from steep.evidence.planning import agreed
 from steep.evidence.runs import shared as module
@@ -51,9 +52,8 @@ def undisturbed(kills, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "tiny.py"
     recipe.write_text(kills.RECIPE)
-    process = machine(recipe, folder / "out", None)
-    assert process.wait(120) == 0, (folder / "out.log").read_text()
-    return recipe, kills.table(Store(folder / "out").study())
+    alone = {"trials": 2, "seeds": 2, "workers": 1, "out": folder / "out", "progress": False}
+    return recipe, kills.table(steep.compare(f"{recipe}:recipe", ["adabelief"], **alone))
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,9 @@ def server(tmp_path_factory):
 def machine(recipe, out, url):
     """`steep compare` as on a machine of its own, in a process group of its own; signs of life come fast."""
     command = ["compare", f"{recipe}:recipe", "--methods", "adabelief", *SIZES, "--out", str(out)]
-    storage = ["--storage", url] if url else []
+    started = [sys.executable, "-c", QUICK, *command, "--storage", url]
     with open(out.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", QUICK, *command, *storage], start_new_session=True, stdout=log, stderr=log
-        )
+        return subprocess.Popen(started, start_new_session=True, stdout=log, stderr=log)
 
 
 def finished_trials(url):
