@@ -355,6 +355,37 @@ def test_a_store_of_a_newer_version_and_a_damaged_run(tmp_path):
         store.get("cut")
 
 
+def store_of_format_1(folder):
+    """As the version wrote it that called the A/A control a twin, and interim analyses looks."""
+    run = {"key": "k", "arm": "A/A", "role": "twin", "methods": [], "lr_scale": 1.0, "seed": 500_000, "split_seed": 0}
+    study = {"recipe": "planted", "source": "", "arms": [], "primary": "loss", "metrics": {"loss": False}, "seeds": [0]}
+    files = {
+        "store.json": {"format": 1},
+        "preflights.json": {},
+        "runs/k.json": {"format": 1, **run, "budget": {"steps": 1}, "outcome": "finished"},
+        "study.json": {"format": 1, **study, "looks": [{"pairs": 8, "alpha": 0.05, "made": True, "decided": []}]},
+    }
+    for name, values in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(values))
+    return {folder / name: (folder / name).read_text() for name in files}
+
+
+def test_a_store_of_the_previous_format_is_refused_and_left_alone(recipe_file, tmp_path):
+    files = store_of_format_1(tmp_path / "old")
+    told = (
+        r"old/store\.json was written by an older steep \(format 1; .*\): choose another --out, or use the steep that"
+    )
+    for use in (
+        lambda: Store(tmp_path / "old"),
+        lambda: open_store(tmp_path / "old"),
+        lambda: quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "old"),
+    ):
+        with pytest.raises(StoreError, match=told):
+            use()
+    assert {path: path.read_text() for path in (tmp_path / "old").rglob("*") if path.is_file()} == files
+
+
 def test_a_full_disk_while_a_run_is_kept_leaves_no_half_file(tmp_path, monkeypatch):
     store = Store(tmp_path)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
 import steep
@@ -256,6 +256,26 @@ def test_a_run_travels_with_its_picture(tmp_path):
     assert b.unpack("k", outside) == sent  # a database cannot name files
     with pytest.raises(StoreError, match="newer steep"):
         b.unpack("k", a.pack(sent) | {"format": 99})
+
+
+def test_a_shared_study_of_the_previous_format_is_refused_and_left_alone(tmp_path):
+    url, packed = f"sqlite:///{tmp_path / 'shared.db'}", {"format": 1, "run": {"role": "twin"}, "picture": ""}
+    trial = create_trial(value=0.5, user_attrs={"key": "k", "run": packed})
+    old = optuna.create_study(storage=url, study_name="s")
+    old.add_trial(trial)
+    told = r"the study in sqlite.*shared\.db was written by an older steep \(format 1; .*choose another --storage"
+    with pytest.raises(StoreError, match=told), join(url, "s"):
+        pass
+    again = optuna.load_study(storage=url, study_name="s")
+    assert (again.user_attrs, [t.user_attrs for t in again.trials]) == ({}, [trial.user_attrs])
+    with pytest.raises(StoreError, match=r"a run in the shared database was written by an older steep"):
+        Store(tmp_path / "a").unpack("k", packed)
+    with join(url, "another study") as shared:
+        assert shared.study.user_attrs == {"steep format": 2}
+    with join(url, "another study") as shared:
+        shared.study.set_user_attr("steep format", 3)
+    with pytest.raises(StoreError, match="newer steep"), join(url, "another study"):
+        pass
 
 
 def test_runs_of_the_own_store_are_handed_over_and_others_are_taken_without_training(undisturbed, tmp_path):
