@@ -1,6 +1,6 @@
 """What a step of Sven costs over a plain step (forward, backward, SGD), and how exact it is.
 
-The arms take turns, one step each, in one process and one thread; CPU seconds. Goals of the house: whole step <= 3.0 on
+The arms take turns, one step each, in one process and one thread; CPU seconds. Goals: whole step <= 3.0 on
 the MLP, <= 2.5 on the CNN, peak memory <= 1.3. Reported besides: the Gram matrix alone, a small transformer, the route
 of the paper's first code (the whole Jacobian by `torch.func.jacrev`, then its SVD), the first step, which compares
 itself with an ordinary backward and holds more memory for it, and how a step of the MLP grows over a decade of examples

@@ -141,13 +141,18 @@ def announcement(plan: Plan, arms: Sequence[str], left_out: Mapping[str, str], w
     """What will be run, how long it will take and what it can show, before it starts."""
     lines = [
         f"{plan.runs} training runs of {', '.join(arms)} and an A/A control: "
-        f"{plan.trials} tuning trials per arm, then {plan.seeds} paired seeds, at equal steps, time and examples.",
+        f"{_counted(plan.trials, 'tuning trial')} per arm, then {_counted(plan.seeds, 'paired seed')}, "
+        "at equal steps, time and examples.",
         *([_design(plan)] if len(plan.interim_analyses) > 1 else []),
-        f"Estimated time: {plan.seconds / 60:.1f} minutes with {workers} worker{'s' if workers > 1 else ''}. "
+        f"Estimated time: {plan.seconds / 60:.1f} minutes with {_counted(workers, 'worker')}. "
         "You can stop at any time; rerun the same command to resume.",
         _power(plan, max(1, len(arms) - 1)),
     ]
     return "\n".join(lines + [f"Left out: {name}: {reason}" for name, reason in left_out.items()])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _design(plan: Plan) -> str:

@@ -96,8 +96,9 @@ class Protocol:
         tried = {arm.name: self._proposed(arm, trials) for arm in self.arms}
         records = self._tried(tried, [tuning.FIRST_SEED])
         costs = {name: [self._cost(record) for record in found] for name, found in records.items()}
+        storage = tuning.database(self.store.directory)
         for arm in self.arms:
-            tuning.keep(self.store.directory, arm, self._context(arm), tried[arm.name], costs[arm.name])
+            tuning.keep(storage, arm, self._context(arm), tried[arm.name], costs[arm.name])
         last = {name: tuning.finalists(found, trials) for name, found in costs.items()}
         seeds = range(tuning.FIRST_SEED + 1, tuning.FIRST_SEED + 1 + tuning.EXTRA_SEEDS)
         more = self._tried({name: [tried[name][i] for i in chosen] for name, chosen in last.items()}, seeds)

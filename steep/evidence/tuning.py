@@ -13,6 +13,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import QMCSampler
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
 from steep.evidence.arms import Arm
@@ -57,11 +58,15 @@ def _distributions(arm: Arm) -> dict[str, BaseDistribution]:
     return {name: _distribution(values) for name, values in arm.search_space.items()}
 
 
-def keep(directory: Path, arm: Arm, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]) -> None:
-    """Record an arm's trials in its Optuna study, in the store's SQLite file; a diverged trial counts as failed."""
+def database(directory: Path) -> RDBStorage:
+    """The store's SQLite file of Optuna studies. Opening it takes a while, so once is enough for all arms."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage, name = f"sqlite:///{directory / 'optuna.db'}", f"{arm.name} {context}"
-    study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    return RDBStorage(f"sqlite:///{directory / 'optuna.db'}")
+
+
+def keep(storage: RDBStorage, arm: Arm, context: str, tried: Sequence[dict[str, Any]], costs: Sequence[float]) -> None:
+    """Record an arm's trials in an Optuna study of its own; a diverged trial counts as failed."""
+    study = optuna.create_study(storage=storage, study_name=f"{arm.name} {context}", load_if_exists=True)
     known = len(study.trials)
     for params, value in zip(tried[known:], costs[known:], strict=True):
         failed = not math.isfinite(value)

@@ -9,7 +9,7 @@ from steep.evidence.runs import workers
 
 
 class KeptExecutor:
-    """A process pool that a comparison cannot shut down when it ends well; one that ends badly kills its workers."""
+    """A process pool that outlives the comparison that used it, unless a worker died or still has work to do."""
 
     kept: ClassVar[dict[int, "KeptExecutor"]] = {}
 
@@ -18,7 +18,7 @@ class KeptExecutor:
         self.submit = self.executor.submit
 
     def shutdown(self, wait, kill_workers):
-        if kill_workers:
+        if kill_workers and (self.executor._flags.broken or self.executor._pending_work_items):
             self.kept.pop(self.count, None)
             self.executor.shutdown(wait=wait, kill_workers=True)
 
@@ -34,5 +34,5 @@ def kept_workers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "ProcessPoolExecutor", KeptExecutor.of)
         yield
-    for executor in list(KeptExecutor.kept.values()):
-        executor.shutdown(wait=True, kill_workers=True)
+    for kept in KeptExecutor.kept.values():
+        kept.executor.shutdown(wait=True, kill_workers=True)

@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 
@@ -60,7 +60,7 @@ def recipe_file(tmp_path):
 
 
 def quick(recipe, methods, out, **changes):
-    return steep.compare(recipe, methods, out=out, **{"workers": 2, "trials": 1, "progress": False} | changes)
+    return steep.compare(recipe, methods, out=out, **{"workers": 1, "trials": 1, "progress": False} | changes)
 
 
 def doubled_rate(recipe):
@@ -89,7 +89,8 @@ def planted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.py").write_text(RECIPE)
     recipe = load_recipe(f"{folder / 'planted.py'}:recipe")
-    return quick(recipe, [doubled_rate, nothing, exploding, halved, "adabelief"], folder / "store"), folder / "store"
+    methods = [doubled_rate, nothing, exploding, halved]
+    return quick(recipe, methods, folder / "store", workers=2), folder / "store"
 
 
 def arm(study, name):
@@ -148,15 +149,35 @@ def test_the_study_on_disk_is_the_study(planted):
     assert len(Store(out).records()) == len(list((out / "runs").glob("*.json")))
 
 
-def test_finished_runs_are_never_repeated(recipe_file, tmp_path):
-    out, name = tmp_path / "out", f"{recipe_file}:recipe"
-    first = quick(name, ["adabelief"], out, seeds=2)
-    files = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
-    second = quick(name, ["adabelief"], out, seeds=3)
-    after = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
-    assert {p: t for p, t in after.items() if p in files} == files
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    """A study, the same with more seeds, and the run files of the store after each."""
+    folder = tmp_path_factory.mktemp("repeated")
+    (folder / "planted.py").write_text(RECIPE)
+    studies, files = [], []
+    for seeds in (2, 5):
+        studies.append(quick(f"{folder / 'planted.py'}:recipe", ["adabelief"], folder / "out", seeds=seeds))
+        files.append(written(folder / "out"))
+    return studies, files
+
+
+def written(store):
+    """When each run file of a store was written."""
+    return {path: path.stat().st_mtime_ns for path in (store / "runs").iterdir()}
+
+
+def test_finished_runs_are_never_repeated(repeated):
+    (first, second), (before, after) = repeated
+    assert {path: time for path, time in after.items() if path in before} == before
     assert first.arms[0].runs[0].digest == second.arms[0].runs[0].digest
-    assert len(after) > len(files)
+    assert len(after) > len(before)
+
+
+def test_fewer_than_six_seeds_give_numbers_but_no_verdict(repeated):
+    found = arm(repeated[0][1], "adabelief").scores["loss"]
+    assert len(found.differences) == 5
+    assert found.verdict == "too few seeds"
+    assert math.isfinite(found.estimate)
 
 
 class Twice(torch.optim.SGD):
@@ -170,23 +191,6 @@ class Twice(torch.optim.SGD):
 def twice(recipe):
     """A planted cost: two forward passes a step."""
     return recipe.replace(optimizer=lambda p: Twice(p, lr=0.01))
-
-
-def test_a_sequential_study_is_resumed_where_it_was(recipe_file, tmp_path):
-    recipe, out = load_recipe(f"{recipe_file}:recipe"), tmp_path / "out"
-    study = quick(recipe, [doubled_rate, nothing], out, sequential=True)
-    assert [(analysis["pairs"], analysis["made"]) for analysis in study.interim_analyses] == [
-        (4, False),
-        (8, True),
-        (16, True),
-    ]
-    assert [len(arm(study, name).runs) for name in ("doubled_rate", "nothing", "A/A")] == [8, 16, 16]
-    assert all(len(a.equal_time) in (0, len(a.runs)) for a in study.arms)
-    files = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
-    again = quick(recipe, [doubled_rate, nothing], out, sequential=True)
-    assert {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()} == files
-    assert (again.interim_analyses, again.earlier) == (study.interim_analyses, [])
-    assert [a.scores for a in again.arms] == [a.scores for a in study.arms]
 
 
 def test_an_arm_that_sees_more_examples_is_run_again_at_equal_examples(recipe_file, tmp_path):
@@ -230,37 +234,41 @@ def test_dry_runs_are_kept_by_what_was_trained(tmp_path):
     assert DryRuns(tmp_path, {"b": "key", "c": "other"}).known == {"b": DryRun(0.1, 0.2, 3)}
 
 
-def test_kill_9_at_any_moment_loses_nothing(recipe_file, tmp_path):
-    """Killed again and again, the same command ends with the table of an undisturbed run, and no orphan works on."""
-    script = tmp_path / "study.py"
-    script.write_text(
-        textwrap.dedent(f"""
-            import steep
-            steep.compare({str(recipe_file) + ":recipe"!r}, ["adabelief"], seeds=3, trials=4, workers=2,
-                          out=r"{tmp_path / "killed"}", progress=False)
-        """)
-    )
-    for patience in (4.0, 5.0, 6.0):
-        process = subprocess.Popen([sys.executable, script], start_new_session=True)
-        time.sleep(patience)
-        process.kill()
-        process.wait()
-        runs = tmp_path / "killed" / "runs"
-        for path in runs.glob("*.json") if runs.exists() else ():
-            json.loads(path.read_text())
-    subprocess.run([sys.executable, script], check=True, timeout=300)
-    whole = quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "whole", seeds=3, trials=4)
-    killed = Store(tmp_path / "killed").study()
-    for a, b in zip(killed.arms, whole.arms, strict=True):
-        assert a.hyper == b.hyper
+def test_workers_end_with_a_parent_that_is_killed_and_the_study_is_resumed(recipe_file, tmp_path, repeated):
+    """The parent alone is killed; `test_kills` kills process groups and workers, again and again."""
+    sizes = ["--trials", "1", "--seeds", "2", "--workers", "1", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "steep", "compare", f"{recipe_file}:recipe", "--methods", "adabelief", *sizes]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("out/runs/*.json"))) < 2:
+        time.sleep(0.05)
+    orphans = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert orphans
+    assert psutil.wait_procs(orphans, timeout=10)[1] == []
+    before = written(tmp_path / "out")
+    study = quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "out", seeds=2)
+    assert {path: time for path, time in written(tmp_path / "out").items() if path in before} == before
+    for a, b in zip(study.arms, repeated[0][0].arms, strict=True):
+        assert (a.name, a.hyper) == (b.name, b.hyper)
         assert [r.digest for r in a.runs] == [r.digest for r in b.runs]
-        assert {k: list(c.differences) for k, c in a.scores.items()} == {
-            k: list(c.differences) for k, c in b.scores.items()
+        assert {name: c.differences for name, c in a.scores.items()} == {
+            name: c.differences for name, c in b.scores.items()
         }
 
 
 def test_ctrl_c_keeps_what_is_finished(recipe_file, tmp_path):
-    command = [sys.executable, "-m", "steep", "compare", f"{recipe_file}:recipe", "--methods", "adabelief"]
+    command = [
+        sys.executable,
+        "-m",
+        "steep",
+        "compare",
+        f"{recipe_file}:recipe",
+        "--methods",
+        "adabelief",
+        "--workers",
+        "1",
+    ]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # even if ignored by us
     arguments = [*command, "--out", str(tmp_path / "out")]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
@@ -272,13 +280,6 @@ def test_ctrl_c_keeps_what_is_finished(recipe_file, tmp_path):
     assert process.returncode == 130
     assert "Finished runs are kept" in message
     assert list(tmp_path.glob("out/runs/*.json"))
-
-
-def test_fewer_than_six_seeds_give_numbers_but_no_verdict(recipe_file, tmp_path):
-    study = quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "out", seeds=5)
-    found = arm(study, "adabelief").scores["loss"]
-    assert found.verdict == "too few seeds"
-    assert math.isfinite(found.estimate)
 
 
 def test_methods_with_fixed_hyper_parameters_and_joined_methods():
@@ -352,6 +353,37 @@ def test_a_store_of_a_newer_version_and_a_damaged_run(tmp_path):
     store.run_path("cut").write_text('{"form')
     with pytest.raises(StoreError, match=r"cut\.json is damaged .*delete it"):
         store.get("cut")
+
+
+def store_of_format_1(folder):
+    """As the version wrote it that called the A/A control a twin, and interim analyses looks."""
+    run = {"key": "k", "arm": "A/A", "role": "twin", "methods": [], "lr_scale": 1.0, "seed": 500_000, "split_seed": 0}
+    study = {"recipe": "planted", "source": "", "arms": [], "primary": "loss", "metrics": {"loss": False}, "seeds": [0]}
+    files = {
+        "store.json": {"format": 1},
+        "preflights.json": {},
+        "runs/k.json": {"format": 1, **run, "budget": {"steps": 1}, "outcome": "finished"},
+        "study.json": {"format": 1, **study, "looks": [{"pairs": 8, "alpha": 0.05, "made": True, "decided": []}]},
+    }
+    for name, values in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(values))
+    return {folder / name: (folder / name).read_text() for name in files}
+
+
+def test_a_store_of_the_previous_format_is_refused_and_left_alone(recipe_file, tmp_path):
+    files = store_of_format_1(tmp_path / "old")
+    told = (
+        r"old/store\.json was written by an older steep \(format 1; .*\): choose another --out, or use the steep that"
+    )
+    for use in (
+        lambda: Store(tmp_path / "old"),
+        lambda: open_store(tmp_path / "old"),
+        lambda: quick(f"{recipe_file}:recipe", ["adabelief"], tmp_path / "old"),
+    ):
+        with pytest.raises(StoreError, match=told):
+            use()
+    assert {path: path.read_text() for path in (tmp_path / "old").rglob("*") if path.is_file()} == files
 
 
 def test_a_full_disk_while_a_run_is_kept_leaves_no_half_file(tmp_path, monkeypatch):
@@ -442,9 +474,9 @@ def test_code_versions_depend_on_the_methods_own_file_only():
 def test_trials_are_kept_once_and_a_study_that_was_cut_off_goes_on(tmp_path):
     arm_, costs = make_arm("adabelief"), [1.0, math.inf, 3.0, 4.0]
     tried = tuning.proposals(arm_, 4)
-    tuning.keep(tmp_path, arm_, "context", tried[:2], costs[:2])
+    tuning.keep(tuning.database(tmp_path), arm_, "context", tried[:2], costs[:2])
     for _ in range(2):
-        tuning.keep(tmp_path, arm_, "context", tried, costs)
+        tuning.keep(tuning.database(tmp_path), arm_, "context", tried, costs)
     study = optuna.load_study(study_name="adabelief context", storage=f"sqlite:///{tmp_path / 'optuna.db'}")
     assert [t.params for t in study.trials] == tried
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -531,7 +563,7 @@ def test_a_worker_killed_by_the_system_is_replaced_and_its_run_made_again(tmp_pa
     dying = "    if not mark.exists():\n        mark.touch()\n        os.kill(os.getpid(), 9)\n"
     path.write_text(death + RECIPE.replace("def data(generator):\n", "def data(generator):\n" + dying))
     jobs = [Job("baseline", "confirm", (), seed, seed, steep.Budget(steps=3)) for seed in (0, 1)]
-    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 2) as workers:
+    with Workers(from_name(f"{path}:recipe"), Store(tmp_path / "out"), 1) as workers:
         records = workers.run(jobs)
     assert [r.outcome for r in records] == ["finished", "finished"]
     assert [r.seed for r in records] == [0, 1]

@@ -250,7 +250,8 @@ def test_page_shows_controls_warnings_left_out_costs_tuning_and_command(page: st
     [
         ([], "No method was compared"),
         (["helps"], "m0 helps"),
-        (["hurts", "hurts"], "All 2 methods hurt"),
+        (["hurts", "hurts"], "Both methods hurt"),
+        (["hurts"] * 3, "All 3 methods hurt"),
         (["helps", "helps", "no evidence"], "Of 3 methods, 2 help and 1 shows no evidence of a difference"),
         (["too few seeds"], "m0 has too few seeds for a verdict"),
     ],

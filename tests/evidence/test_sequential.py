@@ -171,21 +171,45 @@ def same(recipe):
     return recipe
 
 
-def test_a_clear_method_stops_early_and_an_idle_one_goes_on(tmp_path):
-    study = steep.compare(
-        recipe(), [fast, same], seeds=16, trials=1, workers=1, out=tmp_path, sequential=True, progress=False
-    )
+def sequential(out):
+    return steep.compare(recipe(), [fast, same], trials=1, workers=1, out=out, sequential=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sequential")
+    return sequential(out), out
+
+
+def test_a_clear_method_stops_early_and_an_idle_one_goes_on(finished):
+    study, out = finished
+    assert [(analysis["pairs"], analysis["made"]) for analysis in study.interim_analyses] == [
+        (4, False),
+        (8, True),
+        (16, True),
+    ]
     arms = {arm.name: arm for arm in study.arms}
     made = {name: len(arm.runs) for name, arm in arms.items()}
-    assert made["fast"] < made["baseline"] == made["same"] == made["A/A"] == 16
+    assert made["fast"] == 8
+    assert made["baseline"] == made["same"] == made["A/A"] == 16
+    assert all(len(arm.equal_time) in (0, len(arm.runs)) for arm in study.arms)
     assert arms["fast"].scores["loss"].verdict == "helps"
     assert arms["same"].did_nothing
     early = next(analysis for analysis in study.interim_analyses if "fast" in analysis["decided"])
     assert early["pairs"] == made["fast"]
     assert any("Decided at the interim analysis" in warning for warning in study.warnings)
     assert math.isclose(sum(analysis["alpha"] for analysis in study.interim_analyses), 0.05)
-    kept, made = (json.dumps(dataclasses.asdict(s)) for s in (Store(tmp_path).study(), study))
+    kept, made = (json.dumps(dataclasses.asdict(s)) for s in (Store(out).study(), study))
     assert kept == made
+
+
+def test_a_sequential_study_is_resumed_where_it_was(finished):
+    study, out = finished
+    files = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    again = sequential(out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == files
+    assert (again.interim_analyses, again.earlier) == (study.interim_analyses, [])
+    assert [arm.scores for arm in again.arms] == [arm.scores for arm in study.arms]
 
 
 def test_reading_verdicts_again_with_more_seeds_is_reported(tmp_path):

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
+import steep
 from steep.cli import app
 from steep.evidence.planning import agreed
 from steep.evidence.runs import shared as module
@@ -51,9 +52,8 @@ def undisturbed(kills, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     recipe = folder / "tiny.py"
     recipe.write_text(kills.RECIPE)
-    process = machine(recipe, folder / "out", None)
-    assert process.wait(120) == 0, (folder / "out.log").read_text()
-    return recipe, kills.table(Store(folder / "out").study())
+    alone = {"trials": 2, "seeds": 2, "workers": 1, "out": folder / "out", "progress": False}
+    return recipe, kills.table(steep.compare(f"{recipe}:recipe", ["adabelief"], **alone))
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,9 @@ def server(tmp_path_factory):
 def machine(recipe, out, url):
     """`steep compare` as on a machine of its own, in a process group of its own; signs of life come fast."""
     command = ["compare", f"{recipe}:recipe", "--methods", "adabelief", *SIZES, "--out", str(out)]
-    storage = ["--storage", url] if url else []
+    started = [sys.executable, "-c", QUICK, *command, "--storage", url]
     with open(out.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-c", QUICK, *command, *storage], start_new_session=True, stdout=log, stderr=log
-        )
+        return subprocess.Popen(started, start_new_session=True, stdout=log, stderr=log)
 
 
 def finished_trials(url):
@@ -258,6 +256,26 @@ def test_a_run_travels_with_its_picture(tmp_path):
     assert b.unpack("k", outside) == sent  # a database cannot name files
     with pytest.raises(StoreError, match="newer steep"):
         b.unpack("k", a.pack(sent) | {"format": 99})
+
+
+def test_a_shared_study_of_the_previous_format_is_refused_and_left_alone(tmp_path):
+    url, packed = f"sqlite:///{tmp_path / 'shared.db'}", {"format": 1, "run": {"role": "twin"}, "picture": ""}
+    trial = create_trial(value=0.5, user_attrs={"key": "k", "run": packed})
+    old = optuna.create_study(storage=url, study_name="s")
+    old.add_trial(trial)
+    told = r"the study in sqlite.*shared\.db was written by an older steep \(format 1; .*choose another --storage"
+    with pytest.raises(StoreError, match=told), join(url, "s"):
+        pass
+    again = optuna.load_study(storage=url, study_name="s")
+    assert (again.user_attrs, [t.user_attrs for t in again.trials]) == ({}, [trial.user_attrs])
+    with pytest.raises(StoreError, match=r"a run in the shared database was written by an older steep"):
+        Store(tmp_path / "a").unpack("k", packed)
+    with join(url, "another study") as shared:
+        assert shared.study.user_attrs == {"steep format": 2}
+    with join(url, "another study") as shared:
+        shared.study.set_user_attr("steep format", 3)
+    with pytest.raises(StoreError, match="newer steep"), join(url, "another study"):
+        pass
 
 
 def test_runs_of_the_own_store_are_handed_over_and_others_are_taken_without_training(undisturbed, tmp_path):

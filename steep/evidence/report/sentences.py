@@ -116,5 +116,5 @@ def headline(study: Study) -> str:
         return f"{arms[0].name} {found[0][1]}"
     clauses = [f"{n} {phrase}" for n, phrase in found]
     if len(clauses) == 1:
-        return f"All {len(arms)} methods {found[0][1]}" if found[0][0] > 1 else clauses[0]
+        return f"{'Both' if len(arms) == 2 else f'All {len(arms)}'} methods {found[0][1]}"
     return f"Of {len(arms)} methods, {', '.join(clauses[:-1])} and {clauses[-1]}"
