@@ -387,3 +387,81 @@ def test_checkpoints_that_cannot_be_used(regression, tmp_path):
     torch.save([1], path)
     with pytest.raises(steep.CheckpointError, match="no checkpoint of steep"):
         fit(regression, checkpoint=path)
+
+
+class Tempered(nn.Module):
+    """Squared error at a temperature that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_t = nn.Parameter(torch.ones(()))
+
+    def forward(self, output, target):
+        return (output.squeeze(-1) - target).square() * torch.exp(-self.log_t) + self.log_t
+
+
+def test_parameters_of_a_loss_are_trained_with_the_models(regression, tmp_path):
+    recipe = regression.replace(loss=(loss := Tempered()), score=regression.loss)
+    seen = []
+
+    def optimizer(parameters):
+        parameters = list(parameters)
+        seen.append(parameters)
+        return torch.optim.Adam(parameters, lr=0.05)
+
+    result = fit(recipe.replace(optimizer=optimizer), checkpoint=tmp_path / "run.pt")
+    assert len(seen[0]) == 5
+    assert seen[0][-1] != 1.0
+    assert loss.log_t == 1.0  # the recipe's own is a pattern
+    with pytest.raises(steep.Interrupted):
+        fit(stopping_after(recipe.replace(optimizer=optimizer), 7), checkpoint=tmp_path / "other.pt")
+    assert_same(fit(recipe.replace(optimizer=optimizer), checkpoint=tmp_path / "other.pt"), result)
+
+
+def test_a_loss_that_looks_at_the_model_adds_no_parameter_twice(regression):
+    class Looking(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        def forward(self, output, target):
+            return (output.squeeze(-1) - target).square()
+
+    recipe = regression.replace(loss=steep.deferred(lambda run: Looking(run.model[3])))
+    assert fit(recipe).history.losses == fit(regression).history.losses
+
+
+class Scaling(nn.Module):
+    """The mean's gradient, times a learnable factor."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, losses, *, scale=1.0):
+        (losses.mean() * self.factor * scale).backward()
+
+
+def test_parameters_of_a_rule_that_nobody_trains_are_refused(regression):
+    with pytest.raises(ValueError, match=r"Scaling has parameters that no optimizer trains, .*: factor. Freeze them"):
+        fit(regression.replace(backward=Scaling))
+
+    def frozen(model):
+        return Scaling(model).requires_grad_(False)
+
+    assert fit(regression.replace(backward=frozen)).history.losses == fit(regression).history.losses
+
+    class OwnOptimizer(Scaling):
+        def __init__(self, model):
+            super().__init__(model)
+            self.optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    fit(regression.replace(backward=OwnOptimizer, budget=steep.Budget(steps=2)))
+
+
+def test_rounds_refuse_a_loss_with_parameters_of_its_own(regression):
+    def rounds(model, run, local_step):
+        return iter([torch.zeros(1)] * 30)
+
+    with pytest.raises(ValueError, match="Tempered has 1 parameters of its own, but the recipe's rounds"):
+        fit(regression.replace(loss=Tempered(), rounds=rounds))

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steep.batches import Batch
 from steep.loop.checkpoint import check_same_model
@@ -82,7 +83,7 @@ class Training:
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.build("backward", self.run)(self.model)
         # after the model is on its device: optimizers make state beside the parameters they are given
-        plain = recipe.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        plain = recipe.optimizer(self._trainable())
         self.scheduler = build_schedule(recipe.scheduler, plain, self.run) if recipe.scheduler else None
         # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
         self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
@@ -102,6 +103,33 @@ class Training:
         self.vector_for = next(
             (_name(self.named[k]) for k, requires in self.requires.items() if "losses" in requires), None
         )
+
+    def _trainable(self) -> list[nn.Parameter]:
+        """The model's parameters that train, and the loss's own (a temperature, proxies of classes)."""
+        own = {p for p in self.model.parameters() if p.requires_grad}
+        loss = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
+        beside = [p for p in loss if p.requires_grad and p not in own]
+        if beside and self.recipe.rounds is not None:
+            raise ValueError(
+                f"{_name(self.loss)} has {len(beside)} parameters of its own, but the recipe's rounds train the model's "
+                "only: freeze them with requires_grad_(False), or make them part of the model"
+            )
+        return [p for p in self.model.parameters() if p.requires_grad] + beside
+
+    def _check_trained(self) -> None:
+        """Refuse what got a gradient that no optimizer follows; called once, after the first step."""
+        for part in (self.rule, *self.run.parts):
+            if not isinstance(part, nn.Module):
+                continue
+            optimizers = [self.named["optimizer"], *(v for v in vars(part).values() if isinstance(v, Optimizer))]
+            trained = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+            idle = [name for name, p in part.named_parameters() if p.grad is not None and p not in trained]
+            if idle:
+                raise ValueError(
+                    f"{_name(part)} has parameters that no optimizer trains, although they get gradients: "
+                    f"{', '.join(idle[:3])}. Freeze them with requires_grad_(False), or give the part an optimizer of "
+                    "its own that its step() steps"
+                )
 
     def _rounds(self, seed: int) -> Iterator[Tensor | float]:
         if self.recipe.rounds is None:
@@ -193,6 +221,8 @@ class Training:
         the optimizer's, unless the batches change in size and the training loader counts them in batches of its own.
         """
         losses = next(self.rounds)
+        if self.step == 0:
+            self._check_trained()
         self.history.losses.append(losses if isinstance(losses, float) else losses.mean().item())
         if hasattr(self.rule, "step"):
             self.rule.step()
