@@ -111,8 +111,8 @@ class Training:
         beside = [p for p in loss if p.requires_grad and p not in own]
         if beside and self.recipe.rounds is not None:
             raise ValueError(
-                f"{_name(self.loss)} has {len(beside)} parameters of its own, but the recipe's rounds train the model's "
-                "only: freeze them with requires_grad_(False), or make them part of the model"
+                f"{_name(self.loss)} has {len(beside)} parameters of its own, but the recipe's rounds train the "
+                "model's only: freeze them with requires_grad_(False), or make them part of the model"
             )
         return [p for p in self.model.parameters() if p.requires_grad] + beside
 
