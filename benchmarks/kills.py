@@ -160,18 +160,26 @@ def killed_until_done(
 
 def measure(kills: int, folder: Path, trials: int = 4, seeds: int = 6, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Undisturbed once, then killed studies until `kills` are used up; after each, what came of all so far."""
-    recipe, choice, sizes = folder / "tiny.py", random.Random(seed), (trials, seeds)
+    recipe, sizes = folder / "tiny.py", (trials, seeds)
     recipe.write_text(RECIPE)
     began = time.monotonic()
     if start(recipe, folder / "whole", *sizes).wait() != 0:
         raise RuntimeError((folder / "whole.log").read_text()[-3000:])
     length, expected = time.monotonic() - began, table(Store(folder / "whole").study())
-    studies: list[dict[str, Any]] = []
+    for found in killed_studies(recipe, folder, kills, length, expected, sizes, seed):
+        yield found | {"undisturbed_seconds": length}
+
+
+def killed_studies(
+    recipe: Path, folder: Path, kills: int, length: float, expected: str, sizes: tuple[int, int], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Killed studies until `kills` are used up, each compared with the `expected` table."""
+    choice, studies = random.Random(seed), list[dict[str, Any]]()
     while (left := kills - sum(s["group"] + s["worker"] for s in studies)) > 0:
         out = folder / f"killed{len(studies)}"
         found = killed_until_done(recipe, out, left, length, choice, sizes)
         studies.append(found | {"same_table": table(Store(out).study()) == expected})
-        yield summary(studies) | {"undisturbed_seconds": length}
+        yield summary(studies)
 
 
 def summary(studies: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,11 +1,7 @@
 """kill -9 over a running compare, scaled down from `benchmarks/kills.py`; and what the benchmark would notice."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
-
-import pytest
 
 from steep.evidence.runs.source import from_name
 from steep.evidence.runs.store import Store
@@ -13,22 +9,15 @@ from steep.evidence.runs.workers import Workers
 from steep.evidence.study import RunRecord
 
 
-@pytest.fixture(scope="module")
-def kills():
-    path = Path(__file__).parents[2] / "benchmarks" / "kills.py"
-    spec = importlib.util.spec_from_file_location("kills", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def record(**changes):
     values = {"key": "k", "arm": "baseline", "role": "tune", "methods": [], "lr_scale": 1.0, "seed": 0}
     return RunRecord(**values | {"split_seed": 0, "budget": {"steps": 1}, "outcome": "finished"} | changes)
 
 
-def test_killed_studies_end_with_the_table_of_an_undisturbed_one(kills, tmp_path):
-    *_, found = kills.measure(2, tmp_path, trials=1, seeds=2, seed=2)  # a worker late, then all early
+def test_killed_studies_end_with_the_table_of_an_undisturbed_one(kills, undisturbed, tmp_path):
+    recipe, expected = undisturbed
+    # a worker after about 5 seconds, then all processes early after the restart
+    *_, found = kills.killed_studies(recipe, tmp_path, 2, 7.0, expected, (1, 2), seed=2)
     assert found["kills"] == found["group"] + found["worker"] == 2
     assert found["wrong"] == []
     assert found["errors"] == 0

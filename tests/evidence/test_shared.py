@@ -1,6 +1,5 @@
 """Machines that share a study: runs claimed once, records that count for all, dead machines replaced, refusals."""
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
-import steep
 from steep.cli import app
 from steep.evidence.planning import agreed
 from steep.evidence.runs import shared as module
@@ -32,28 +30,9 @@ from steep.evidence.study import RunRecord
 from steep.loop.training import RunError
 from steep.recipe import Budget
 
-SIZES = ["--trials", "2", "--seeds", "2", "--workers", "1"]
+SIZES = ["--trials", "1", "--seeds", "2", "--workers", "1"]  # those of `undisturbed`
 QUICK = "from steep.evidence.runs import shared; shared.BEAT, shared.GRACE = 1, 3; from steep.cli import main; main()"
 POSTGRES = Path("/usr/lib/postgresql/15/bin")
-
-
-@pytest.fixture(scope="module")
-def kills():
-    path = Path(__file__).parents[2] / "benchmarks" / "kills.py"
-    spec = importlib.util.spec_from_file_location("kills", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def undisturbed(kills, tmp_path_factory):
-    """A recipe, and the table of one machine that compared on its own."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = folder / "tiny.py"
-    recipe.write_text(kills.RECIPE)
-    alone = {"trials": 2, "seeds": 2, "workers": 1, "out": folder / "out", "progress": False}
-    return recipe, kills.table(steep.compare(f"{recipe}:recipe", ["adabelief"], **alone))
 
 
 @pytest.fixture(scope="module")
