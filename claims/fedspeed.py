@@ -1,4 +1,4 @@
-"""FedSpeed against FedAvg on digits among clients of unlike data, at equal rounds and at equal gradients."""
+"""FedSpeed against FedAvg on digits divided unevenly among clients, at equal rounds and at equal time."""
 
 import steep
 from steep.evidence.claims import Claim, Quantity, scores

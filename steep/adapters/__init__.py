@@ -1,2 +1,2 @@
-"""steep's methods in the trainer you already have: `lightning`, `hf` (Hugging Face Trainer), `accelerate`; and over
-several processes: `distributed`. Each is imported only where it is used."""
+"""steep's methods in the trainer you already use: `lightning`, `hf` (Hugging Face Trainer), `accelerate`; and in
+several processes: `distributed`. Import the module you need; each requires only its own library."""

@@ -1,4 +1,4 @@
-"""What a host must do for methods, in one place: check their needs, call the rule, step the parts, keep their state."""
+"""What every host trainer does for methods: check requirements, call the rule, step the parts, save their state."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ ELSEWHERE = {
 
 
 class Attached:
-    """A backward rule and the other parts of a training, for a host that knows nothing of them.
+    """A backward rule and the other parts of a training run, for a host that knows nothing of them.
 
     Args:
         host: its name, for messages.
         model: what is trained.
         rule: backward rule; the ordinary mean where it is `None`.
         parts: whatever has `step()`, `state_dict()` or `requires`: losses, handles, loaders, optimizers.
-        refused: needs that the host cannot meet, and the line to change for each.
+        refused: requirements that the host cannot meet, and the line to change for each.
 
     Raises:
         UnmetRequirement: naming the part, what is missing and the line to change.
@@ -58,7 +58,7 @@ class Attached:
     def check(self, part: Any) -> None:
         """Refuse a part that the host cannot serve."""
         name, requires = _name(part), set(getattr(part, "requires", ()))
-        if hasattr(part, "__next__"):
+        if hasattr(part, "__next__"):  # owns the outer loop, whatever it declares
             requires.add("clients")
         for requirement in sorted(requires & set(self.refused)):
             raise UnmetRequirement(
@@ -68,7 +68,7 @@ class Attached:
         check_requirements(name, requires & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
 
     def look_at(self, batch: Batch) -> None:
-        """Compare what the parts need of a batch with the first one, and tell a rule that asks its indices."""
+        """Check the first batch for what the parts require, and give the indices to a rule that asks for them."""
         if "indices" in getattr(self.rule, "requires", ()):
             self.rule.indices = batch.indices  # type: ignore[union-attr]
         if not self._saw_batch:
@@ -81,10 +81,10 @@ class Attached:
         """Have the rule fill ``.grad``.
 
         Args:
-            losses: shape (B,), as the loss gave them; a dict of vectors for rules of several tasks.
-            scale: of gradient scaler and accumulation together.
+            losses: shape (B,), as the loss returned them; a dict of vectors for rules of several tasks.
+            scale: product of the gradient scaler's factor and one over the number of accumulated batches.
         """
-        if not self._saw_shards:
+        if not self._saw_shards:  # at the first step, since a host shards the model after the parts are built
             check_sharding(self.model.parameters(), self.rule, *self.parts)
             self._saw_shards = True
         if isinstance(losses, Tensor):
@@ -98,7 +98,7 @@ class Attached:
         self.rule(losses, scale=scale)
 
     def step(self) -> None:
-        """Step everything that changes over a training; once after each optimizer step."""
+        """Step every part that changes over time; call it once after each optimizer step."""
         for part in (self.rule, *self.parts):
             if hasattr(part, "step"):
                 part.step()

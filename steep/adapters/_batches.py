@@ -1,4 +1,4 @@
-"""What lies between a host's loaders and methods of the data room."""
+"""Loaders between those of a host trainer and methods of the data package, which expect tuples and positions."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from steep.utils.loaders import LoaderWrapper
 
-class Batches:
-    """A host's loader for methods of the data room to wrap: its state is the host's to keep, all else is there."""
 
-    def __init__(self, loader: Any):
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.loader)
+class Batches(LoaderWrapper):
+    """A host's loader, for methods of the data package to wrap: all but its state, which the host saves itself."""
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("loader", "state_dict", "load_state_dict") or name.startswith("__"):
+        if name in ("state_dict", "load_state_dict"):
             raise AttributeError(name)
-        return getattr(self.loader, name)
+        return super().__getattr__(name)
 
 
 class Positions(Dataset):
-    """A dataset of dicts whose examples also hold their position, under "indices"."""
+    """A dataset of dicts, each of which also holds its position, under "indices"."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -62,5 +55,5 @@ class Dicts(Tuples):
 
 
 def size_of(batch: dict[str, Any]) -> int:
-    """Number of examples in a batch by name."""
+    """Number of examples in a batch of named tensors."""
     return len(next(value for value in batch.values() if isinstance(value, Tensor) and value.ndim))

@@ -12,10 +12,10 @@ from steep.requires import UnmetRequirement
 
 
 def check_sharding(params: Iterable[Tensor], *parts: Any) -> None:
-    """Refuse methods that need whole parameters where parameters are sharded (FSDP2, tensor parallelism).
+    """Refuse methods that work on whole parameters where these are sharded (FSDP2, tensor parallelism).
 
-    A method says ``sharding = "any"`` on its class where every element is stepped by itself. Torch's own optimizers
-    and the mean gradient are taken to work.
+    A method whose step treats every element by itself says ``sharding = "any"`` on its class. Torch's own optimizers
+    and the mean gradient are assumed to work.
 
     Raises:
         UnmetRequirement: naming the method and the way out.

@@ -1,7 +1,8 @@
 """Accelerate: `Backward` takes the place of `accelerator.backward`.
 
-The same as there: the gradient scaler's factor, one over the steps of gradient accumulation, and DDP's reducer (or
-none within `accelerator.accumulate`). Unlike there, the losses are a vector, and a rule turns it into the gradient.
+Like that method, it applies the gradient scaler's factor and one over the steps of gradient accumulation, and leaves
+DDP's reducer at work (or off within `accelerator.accumulate`). The losses are a vector, which a rule turns into the
+gradient.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ _FILE = "steep.pt"
 
 
 class Backward:
-    """A backward rule and other parts of a training under an `Accelerator`.
+    """A backward rule and other parts of a training run under an `Accelerator`.
 
     Call it with the losses instead of ``accelerator.backward(loss)``, and `step` after ``optimizer.step()``. Rule and
     parts are built before or after `accelerator.prepare`. `accelerator.save_state` and `load_state` take their state
-    along, in a file that is read without unpickling. A method on the loader wraps the prepared one:
+    along, in a file that is read without unpickling. A method on the loader wraps the prepared loader:
     ``EfficientTrain(Batches(loader), ...)``. In several processes a rule on the per-example engine sees the
     batch of all processes (`GlobalBatch`).
 
     Args:
-        accelerator: of the training.
+        accelerator: the one that prepared, or will prepare, model and optimizer.
         model: what is trained.
-        parts: whatever has `step()`, a state or needs: losses, handles of models, loaders, schedules. Optimizers are
-            only checked; the loop steps them.
+        parts: objects with a `step()`, a state or requirements: losses, handles of models, loaders, schedules.
+            Optimizers are only checked; the loop steps them.
         rule: backward rule; the ordinary mean by default.
 
     Raises:
-        UnmetRequirement: the accelerator lacks what a part needs; names it and the line to change.
+        UnmetRequirement: the accelerator lacks what a part requires; names it and the line to change.
 
     Example:
         >>> import torch
@@ -66,6 +67,7 @@ class Backward:
         for part in parts:
             _check_closure(part, accelerator)
         stepped = [part for part in parts if not isinstance(part, Optimizer)]
+        # unlike Lightning and the Trainer, this loop passes whatever the user computes, so a dict of tasks as well
         refused = {requirement: line for requirement, line in ELSEWHERE.items() if requirement != "tasks"}
         self.attached = Attached("Accelerate", model, rule, stepped, refused)
         accelerator.register_save_state_pre_hook(self._save)

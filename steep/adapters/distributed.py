@@ -2,7 +2,7 @@
 
 A rule built on the per-example engine (Sven) needs the Gram matrix of all examples, of which each process holds some.
 With J_r the rows of process r, the blocks between processes, ``J_r J_s^T``, follow from what the engine keeps of each
-layer: every process is sent the others' factors and forms the whole (B, B) Gram matrix itself. Then it adds
+layer: every process receives the others' factors and forms the whole (B, B) Gram matrix itself. Then it adds
 ``J_r^T w_r`` with its own slice of w, and DDP sums as it does for any gradient. Exchanged per step and process, in
 numbers (times bytes of their type), for B examples in this process:
 
@@ -31,7 +31,7 @@ from steep.requires import REQUIREMENTS
 
 
 class _Engine:
-    """Stands in for a rule's engine while the rule is given the losses of all processes."""
+    """Replaces a rule's engine while the rule is given the losses of all processes."""
 
     def __init__(self, engine: Any, losses: Tensor, lengths: list[int], exchange: Exchange):
         self.engine, self.losses, self.lengths, self.exchange = engine, losses, lengths, exchange
@@ -47,12 +47,12 @@ class GlobalBatch:
     what one process would get from the concatenated batch. The local batches may differ in length.
 
     Args:
-        rule: one on the per-example engine whose class says ``global_batch = True`` as it needs no more than Gram
+        rule: one on the per-example engine whose class says ``global_batch = True``, because it uses only the Gram
             matrix and weighted sums (`steep.backward.sven.Sven`), or `steep.Mean`.
         group: process group; the default one where it is `None`.
 
     Attributes:
-        sent_bytes: bytes that this process gave to each other one at the last step.
+        sent_bytes: bytes that this process sent to each other one at the last step.
 
     Raises:
         TypeError: another rule.
@@ -99,7 +99,7 @@ class GlobalBatch:
             self.rule.engine = engine
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the rule's: its state, its `step`, its settings."""
+        """Everything else is the rule's: its state, its `step`, its settings."""
         if name == "rule" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.rule, name)
@@ -120,13 +120,14 @@ def sharded(method: Callable[..., Optimizer], params: Iterable[Tensor], **hyper:
         hyper: keyword arguments of the method.
 
     Raises:
-        UnmetRequirement: the method needs whole parameters.
+        UnmetRequirement: the method works on whole parameters only.
     """
     params = list(params)
     check_sharding(params, method)
     pairs = [(p, _local(p).detach().requires_grad_()) for p in params]
 
     def refresh() -> None:
+        # the gradients are set on the sharded parameters, which the optimizer does not know
         for p, local in pairs:
             local.grad = None if p.grad is None else _local(p.grad)
 

@@ -18,7 +18,7 @@ from steep.loop.training import requires_closure
 from steep.requires import UnmetRequirement
 
 _FILE = "steep.pt"
-_Host: Any = object  # what the mixin has besides is the Trainer's
+_Host: Any = object  # for mypy: the mixin's other attributes are the Trainer's
 _NO_CLOSURE = "the Trainer calls optimizer.step() without one; use Lightning, Accelerate or a plain loop"
 
 
@@ -33,14 +33,14 @@ class SteepMixin(_Host):
         rule: backward rule; the ordinary mean by default.
         loss: ``loss(logits, labels) -> (B,)``, with `indices=` where it needs them. Without it, the model's own loss or
             `compute_loss_func` is used, which should then return one number per example.
-        parts: whatever has `step()`, a state or needs, beside rule and loss.
+        parts: other objects with a `step()`, a state or requirements.
         sampler: ``sampler(dataset) -> Sampler`` of the training data.
         data: ``data(loader) -> loader``: a method on batches (x, labels, ...) of the training loader, such as
             ``lambda batches: EfficientTrain(batches, total_steps=...)``; x is the model's main input.
         args, kwargs: the Trainer's; steep's optimizers go into ``optimizers=(optimizer, scheduler)``.
 
     Raises:
-        UnmetRequirement: the Trainer lacks what a part needs; names it and the line to change.
+        UnmetRequirement: the Trainer lacks what a part requires; names it and the line to change.
     """
 
     train_dataset: Any
@@ -71,7 +71,7 @@ class SteepMixin(_Host):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "indices" not in self._signature_columns:
+        if "indices" not in self._signature_columns:  # the Trainer drops columns that the model does not take
             self._signature_columns: list[str] = [*self._signature_columns, "indices"]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -82,6 +82,7 @@ class SteepMixin(_Host):
         loader = super().get_train_dataloader()
         if self.data is None:
             return loader
+        # the Trainer may ask for the loader again
         self.attached.parts = [part for part in self.attached.parts if part is not self.train_loader]
         self.train_loader = self.data(Tuples(loader, self._input))
         self.attached.add(self.train_loader)
@@ -89,6 +90,7 @@ class SteepMixin(_Host):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
+        # of all parts of the step, so that unequal parts are weighted by their examples
         self._examples = sum(size_of(batch) for batch in batches)
         return batches, items
 

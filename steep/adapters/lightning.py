@@ -18,15 +18,15 @@ from steep.loop.checkpoint import CheckpointError
 from steep.loop.training import requires_closure
 from steep.requires import UnmetRequirement
 
-_Host: Any = object  # what the mixin has besides is the LightningModule's
+_Host: Any = object  # for mypy: the mixin's other attributes are the LightningModule's
 
 
 class SteepModule(_Host):
     """Mixin for a `LightningModule`: write ``class Net(SteepModule, LightningModule)`` and call `attach` at the end of
     ``__init__``. `training_step` then returns one loss per example, shape (B,), alone or under "loss".
 
-    Parts that are modules (a loss with a memory) are best attributes of the module too, so that Lightning moves and
-    saves them; `attach` says which are stepped after each optimizer step. Learning-rate schedulers are Lightning's;
+    Parts that are modules (a loss with a memory) should be attributes of the module too, so that Lightning moves and
+    saves them; those given to `attach` are stepped after each optimizer step. Learning-rate schedulers are Lightning's;
     ask for ``"interval": "step"``. What you override of `on_fit_start`, `on_train_start`, `on_train_batch_start`,
     `on_save_checkpoint` and `on_load_checkpoint` must call `super()`.
 
@@ -61,7 +61,7 @@ class SteepModule(_Host):
         """Use these in training.
 
         Args:
-            parts: whatever has `step()`, a state or needs: losses, handles of models, loaders.
+            parts: objects with a `step()`, a state or requirements: losses, handles of models, loaders.
             rule: backward rule; the ordinary mean by default.
         """
         self._attached = Attached("Lightning", self, rule, parts, ELSEWHERE)
@@ -70,6 +70,7 @@ class SteepModule(_Host):
         """Called by Lightning with the losses divided by the accumulation and multiplied by the gradient scaler."""
         scaler, share = _scaler(self.trainer), self.trainer.accumulate_grad_batches
         scale = (scaler.get_scale() if scaler is not None else 1.0) / share
+        # Lightning has divided and multiplied the losses already; the rule is given them as they were
         self._attached.backward(loss if scale == 1.0 else loss / scale, scale)
 
     def on_fit_start(self) -> None:
@@ -126,8 +127,7 @@ def _scaler(trainer: Any) -> Any:
 
 
 def _check_closure(name: str, trainer: Any) -> None:
-    """Lightning gives an optimizer no closure where a gradient scaler is, and one that adds to the gradients of the
-    batches before where it accumulates."""
+    """Refuse an optimizer that calls its closure again where Lightning withholds it or accumulates gradients."""
     if _scaler(trainer) is not None:
         raise UnmetRequirement(
             f"{name} needs a closure, which Lightning's precision='16-mixed' calls once and withholds: use 'bf16-mixed'"

@@ -169,7 +169,7 @@ class EfficientTrain(LoaderWrapper):
             yield self.shrink(augment(x, magnitude, random), size), *rest
 
     def held_out(self, loader: Loader) -> _HeldOut:
-        """A validation or test loader whose images have the size of the training's last step."""
+        """A validation or test loader whose images have the size of the last training step."""
         return _HeldOut(loader, self)
 
     def step(self) -> None:

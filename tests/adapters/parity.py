@@ -44,7 +44,7 @@ def cross_entropy(output, target):
 
 
 class Setting:
-    """A method's parts for a training of `steps` steps, the same in every host."""
+    """A method's parts for a training run of `steps` steps, the same in every host."""
 
     def __init__(self, method, steps=20, dropout=0.0):
         self.model, self.rule, self.loss, self.parts, self.data = Net(dropout), None, cross_entropy, [], None

@@ -1,4 +1,4 @@
-"""Accelerate: prepared, accumulated, scaled and saved, the training is the plain loop's."""
+"""Accelerate: prepared, accumulated, scaled and saved, the result is the plain loop's."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def accelerator():
 
 
 class Host:
-    """A training as Accelerate's documentation writes it, with two lines changed."""
+    """A training loop as Accelerate's documentation writes it, with two lines changed."""
 
     def __init__(self, accelerator, method, batch=BATCH, dropout=0.0):
         self.accelerator, self.setting = accelerator, Setting(method, dropout=dropout)

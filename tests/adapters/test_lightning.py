@@ -107,7 +107,7 @@ def test_resuming_equals_going_on(method, tmp_path):
     assert distance(again.model, whole.setting.model) == 0
 
 
-def test_needs_are_checked_with_the_line_to_change():
+def test_requirements_are_checked_with_the_line_to_change():
     setting = Setting("sven")
     setting.model.norm = nn.BatchNorm1d(3)
     with pytest.raises(UnmetRequirement, match="Sven needs examples that do not influence.*norm.*GroupNorm"):

@@ -153,7 +153,7 @@ def test_the_learning_rate_falls_to_zero_over_the_budget(recipe):
 
 
 def test_evaluation_is_not_dearer_than_training(recipe):
-    """25 evaluations are made in a training: they must not dominate the wall time."""
+    """25 evaluations are made in a training run: they must not dominate the wall time."""
     data = recipe.data(generator())
     horizon = recipe.budget.total_steps(len(data.train))
     if recipe.rounds is not None:
