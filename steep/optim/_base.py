@@ -18,6 +18,8 @@ from torch.optim.optimizer import StateDict
 from steep.optim._foreach import sweep, working_dtype
 from steep.utils.validation import Ranges, check_ranges
 
+NOT_NEGATIVE: Ranges = {"lr": "[0, inf)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}  # as most methods have them
+
 
 class BaseOptimizer(Optimizer):
     """`torch.optim.Optimizer` with hyper-parameters checked in every group and state loaded in the dtype it was in."""
@@ -67,10 +69,11 @@ class Elementwise(BaseOptimizer):
 
     sharding = "any"  # a shard of a parameter steps as it would in the whole
 
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        """State of the parameter's shape, in the order in which `_update` takes it; may depend on options."""
-        raise NotImplementedError
+    _state_names: ClassVar[tuple[str, ...]]  # state of the parameter's shape, in the order in which `_update` takes it
+
+    def _names_in(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        """The state that a group's options call for."""
+        return self._state_names
 
     @staticmethod
     def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:
@@ -84,4 +87,4 @@ class Elementwise(BaseOptimizer):
 
     def _step(self) -> None:
         for group in self.param_groups:
-            sweep(self, group, self._update, self._state_names(group), partial(self._scalars, group))
+            sweep(self, group, self._update, self._names_in(group), partial(self._scalars, group))

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, log_uniform
-from steep.optim._base import Elementwise
+from steep.optim._base import NOT_NEGATIVE, Elementwise
 from steep.optim._foreach import Number, descend_, ema_
 from steep.utils.validation import Ranges
 
@@ -76,12 +76,8 @@ class AdaBelief(Elementwise):
         ['exp_avg', 'exp_avg_var', 'step']
     """
 
-    _ranges: ClassVar[Ranges] = {
-        "lr": "[0, inf)",
-        "betas": ("(0, 1)", "[0, 1)"),
-        "eps": "[0, inf)",
-        "weight_decay": "[0, inf)",
-    }
+    _ranges: ClassVar[Ranges] = {**NOT_NEGATIVE, "betas": ("(0, 1)", "[0, 1)")}
+    _state_names = ("exp_avg", "exp_avg_var", "max_exp_avg_var")
 
     def __init__(
         self,
@@ -102,9 +98,8 @@ class AdaBelief(Elementwise):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, **options, "foreach": foreach, "compile": compile})
 
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_var", "max_exp_avg_var")[: 3 if group["amsgrad"] else 2]
+    def _names_in(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        return self._state_names if group["amsgrad"] else self._state_names[:2]
 
     @staticmethod
     def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:

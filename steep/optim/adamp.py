@@ -36,17 +36,11 @@ from torch.linalg import vector_norm
 from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, log_uniform
-from steep.optim._base import BaseOptimizer
+from steep.optim._base import NOT_NEGATIVE, BaseOptimizer
 from steep.optim._foreach import Number, RowRule, descend_, ema_, sweep, sweep_rows
 from steep.utils.validation import Ranges
 
-_RANGES: Ranges = {
-    "lr": "[0, inf)",
-    "weight_decay": "[0, inf)",
-    "delta": "[0, inf)",
-    "wd_ratio": "[0, 1]",
-    "eps": "[0, inf)",
-}
+_RANGES: Ranges = {**NOT_NEGATIVE, "delta": "[0, inf)", "wd_ratio": "[0, 1]"}
 
 
 def _plain(direction: Callable[..., None], w: Tensor, g: Tensor, *state: Tensor, **scalars: Any) -> None:
@@ -103,7 +97,7 @@ def _rules(direction: Callable[..., None]) -> tuple[RowRule, Callable[..., None]
 class _ProjectedOptimizer(BaseOptimizer):
     """What AdamP and SGDP share: all but the direction u, its state and its scalars."""
 
-    _state_names: tuple[str, ...]
+    _state_names: ClassVar[tuple[str, ...]]
 
     @staticmethod
     def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from steep.method import Method, Paper, choice, log_uniform
-from steep.optim._base import Elementwise
+from steep.optim._base import NOT_NEGATIVE, Elementwise
 from steep.optim._foreach import Number, descend_, ema_
 from steep.utils.validation import Ranges
 
@@ -67,12 +67,8 @@ class DiffGrad(Elementwise):
         ['exp_avg', 'exp_avg_sq', 'previous_grad', 'step']
     """
 
-    _ranges: ClassVar[Ranges] = {
-        "lr": "[0, inf)",
-        "betas": ("[0, 1)", "[0, 1)"),
-        "eps": "[0, inf)",
-        "weight_decay": "[0, inf)",
-    }
+    _ranges: ClassVar[Ranges] = {**NOT_NEGATIVE, "betas": ("[0, 1)", "[0, 1)")}
+    _state_names = ("exp_avg", "exp_avg_sq", "previous_grad")
 
     def __init__(
         self,
@@ -88,10 +84,6 @@ class DiffGrad(Elementwise):
     ):
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**numbers, "maximize": maximize, "foreach": foreach, "compile": compile})
-
-    @staticmethod
-    def _state_names(group: Mapping[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq", "previous_grad"
 
     @staticmethod
     def _scalars(group: Mapping[str, Any], t: int) -> dict[str, Any]:

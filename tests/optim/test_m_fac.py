@@ -469,7 +469,7 @@ def test_static_refuses_vectors_of_another_length():
         EmpiricalFisherInverse(matrix()).mul(torch.ones(9))
 
 
-def test_card():
+def test_entry():
     method = methods()["m-fac"]
     assert method is m_fac.method
     assert method.hyper["damping"] == 1e-5
