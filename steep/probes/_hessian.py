@@ -11,8 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steep.linalg import Estimate, Spectrum, density, flatten, hessian, hutchinson_trace, lanczos, on_vectors, unflatten
-from steep.linalg.vectors import MatVec
+from steep.linalg import (
+    Estimate,
+    MatVec,
+    Spectrum,
+    density,
+    flatten,
+    hessian,
+    hutchinson_trace,
+    lanczos,
+    on_vectors,
+    unflatten,
+)
 from steep.loop.modes import evaluating
 from steep.probes._pictures import figure
 from steep.probes._weights import Loss, mean_loss, snapshot
