@@ -40,7 +40,8 @@ def _raise(package: str) -> None:
 
 
 def exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package: the public classes and functions that its files define.
+    """``__getattr__`` and ``__dir__`` of a package: what its files name in ``__all__``, or else the public classes and
+    functions that they define.
 
     Example:
         >>> from steep.optim import AdaBelief
@@ -71,6 +72,13 @@ def _squeezed(name: str) -> str:
 
 
 def _public(module: ModuleType) -> list[str]:
-    """Classes and functions that a module defines itself, without those that begin with an underscore."""
-    own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__)
-    return [name for name in own if not name.startswith("_") and callable(getattr(module, name))]
+    """The names in a module's ``__all__``; without one, the classes and functions that it defines itself.
+
+    Names that begin with an underscore are not public.
+    """
+    names = vars(module).get("__all__")
+    if names is None:
+        # what a module imports is another's: its `__module__` says so
+        own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__)
+        names = [name for name in own if callable(getattr(module, name))]
+    return [name for name in names if not name.startswith("_")]

@@ -4,14 +4,15 @@ Products map dicts of tensors by parameter name; solvers and estimators work on 
 to the other.
 """
 
-from steep.linalg.cg import Solution, cg
-from steep.linalg.hutchinson import Estimate, hutchinson_diagonal, hutchinson_trace, rademacher
-from steep.linalg.lanczos import Ritz, Spectrum, density, lanczos, spectrum
-from steep.linalg.products import fisher, fisher_vp, ggn, ggn_vp, hessian, hvp
-from steep.linalg.vectors import flatten, on_vectors, unflatten
+from steep.linalg._cg import Solution, cg
+from steep.linalg._hutchinson import Estimate, hutchinson_diagonal, hutchinson_trace, rademacher
+from steep.linalg._lanczos import Ritz, Spectrum, density, lanczos, spectrum
+from steep.linalg._products import fisher, fisher_vp, ggn, ggn_vp, hessian, hvp
+from steep.linalg._vectors import MatVec, flatten, on_vectors, unflatten
 
 __all__ = [
     "Estimate",
+    "MatVec",
     "Ritz",
     "Solution",
     "Spectrum",

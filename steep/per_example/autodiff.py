@@ -1,17 +1,12 @@
-"""Parts that only automatic differentiation knows: layers without a rule, broadcast values, and everything else."""
+"""Parts that only automatic differentiation knows: their gradients are computed a block of examples at a time."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
-from torch.func import functional_call, vjp, vmap
+from torch import Tensor
 
 from steep.per_example.parts import CHUNK, Dense, Part, Sliced, height
 
@@ -82,7 +77,7 @@ class Blocks(Part):
         return replace(self, masks=[mask * o.to(mask) for mask, o in zip(masks, old, strict=True)])
 
     def split(self) -> Sequence[Sliced]:
-        return [OfBlocks(self, k) for k in range(len(self.params))]
+        return [_OfBlocks(self, k) for k in range(len(self.params))]
 
     def lasting(self) -> Sequence[Part]:
         """The gradients written out, (B, p): they cannot be computed again later."""
@@ -110,7 +105,7 @@ class Blocks(Part):
         return [t * mask.to(t)[:, None] for t, mask in zip(shaped, self.masks, strict=True)]
 
 
-class OfBlocks(Sliced):
+class _OfBlocks(Sliced):
     """One parameter of `Blocks`, all of which are computed again for each slice of it."""
 
     def __init__(self, blocks: Blocks, k: int):
@@ -130,119 +125,7 @@ class OfBlocks(Sliced):
     def lasting(self) -> Sequence[Sliced]:
         return (Dense(self.params, self.rows(slice(None))),)
 
-    def masked(self, masks: Sequence[Tensor]) -> OfBlocks:
+    def masked(self, masks: Sequence[Tensor]) -> _OfBlocks:
         own = self.params[0]
         every = [masks[0] if p is own else p.new_ones(height(p)) for p in self.whole.params]
-        return OfBlocks(self.whole.masked(every), self.k)
-
-
-Found = Sequence[Tensor | None]
-
-
-def gradients(
-    output: Tensor | GradientEdge, params: Sequence[Tensor], cotangent: Tensor, *, batched: bool
-) -> list[Tensor]:
-    """`torch.autograd.grad` with zeros for unused parameters; `batched`: for each entry of `cotangent`."""
-    if not batched:
-        found: Found = torch.autograd.grad(output, params, cotangent, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g.to_dense() for g, p in zip(found, params, strict=True)]
-    found = for_each(output, params, cotangent)
-    return [p.new_zeros(len(cotangent), *p.shape) if g is None else g for g, p in zip(found, params, strict=True)]
-
-
-def for_each(
-    output: Tensor | GradientEdge, inputs: Sequence[Tensor] | Sequence[GradientEdge], cotangents: Tensor
-) -> Found:
-    """`torch.autograd.grad` for each of the cotangents, together if it can be; `None` for what is not reached."""
-    try:
-        with unbatched_operations_allowed():
-            return torch.autograd.grad(
-                output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-    except RuntimeError:  # an operation that vmap cannot batch
-        singles = [torch.autograd.grad(output, inputs, one, retain_graph=True, allow_unused=True) for one in cotangents]
-        every = [filled(one) for one in zip(*singles, strict=True)]
-        return [torch.stack(one) if one else None for one in every]
-
-
-def filled(found: Found) -> list[Tensor]:
-    """Gradients of one input, with zeros where it was not reached; none at all if it never was."""
-    some = next((g for g in found if g is not None), None)
-    return [] if some is None else [torch.zeros_like(some) if g is None else g for g in found]
-
-
-@contextmanager
-def unbatched_operations_allowed() -> Iterator[None]:
-    """Silence `vmap` about operations that it loops over: the user cannot change them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*batching rule")
-        yield
-
-
-def through_losses(losses: Tensor, params: tuple[Tensor, ...]) -> Blocks:
-    """Parameters used in any way at all: as many backwards through the losses as there are of them."""
-    losses = losses.flatten()
-
-    def block(examples: range) -> Sequence[Tensor]:
-        one_hot = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)[examples.start : examples.stop]
-        return gradients(losses, params, one_hot, batched=True)
-
-    return Blocks(params, len(losses), block, lambda w: gradients(losses, params, w.to(losses), batched=False))
-
-
-def through_broadcast(edge: GradientEdge, params: tuple[Tensor, ...], grad: Tensor) -> Blocks:
-    """Parameters behind a value that all examples share, such as position embeddings.
-
-    Args:
-        edge: where the value was computed.
-        grad: gradient of each row's own copy of it, (B, *shape of the value).
-    """
-
-    def block(examples: range) -> Sequence[Tensor]:
-        return gradients(edge, params, grad[examples.start : examples.stop], batched=True)
-
-    def pull(w: Tensor) -> Sequence[Tensor]:
-        return gradients(edge, params, torch.tensordot(w.to(grad), grad, 1), batched=False)
-
-    return Blocks(params, len(grad), block, pull)
-
-
-def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) -> Blocks:
-    """A layer without a rule, differentiated one example at a time; `vjp` forbids it to change its buffers.
-
-    Args:
-        inputs: by position or name; tensors whose first dimension is the batch hold one entry per example.
-        grad: gradients of the (first) output: one for each example, or several one after the other.
-        batch: number of examples.
-    """
-    params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-    before = [p._version for p in params.values()]
-    batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
-
-    def call(values: dict[str, Tensor], example: dict[Any, Tensor]) -> Tensor:
-        given = {k: example[k][None] if k in example else v for k, v in inputs.items()}
-        args = tuple(v for k, v in given.items() if isinstance(k, int))
-        return first(functional_call(layer, values, args, {k: v for k, v in given.items() if isinstance(k, str)}))
-
-    def pull(example: dict[Any, Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
-        (found,) = vjp(lambda values: call(values, example), params)[1](cotangent[None])
-        return tuple(found.values())
-
-    def block(examples: range) -> Sequence[Tensor]:
-        if before != [p._version for p in params.values()]:
-            raise RuntimeError(f"a parameter of a {type(layer).__name__} was changed while its rows were still in use")
-        chosen = slice(examples.start, examples.stop)
-        its = (
-            chosen
-            if batch == len(grad)
-            else torch.arange(chosen.start, chosen.stop, device=grad.device) // (len(grad) // batch)
-        )
-        with unbatched_operations_allowed(), torch.enable_grad():  # some kernels keep nothing for a backward without
-            return vmap(pull)({k: v[its] for k, v in batched.items()}, grad[chosen])
-
-    return Blocks(tuple(p for p in layer.parameters() if p.requires_grad), len(grad), block)
-
-
-def first(output: Any) -> Any:
-    """The output whose gradient is followed: the first of several (attention also returns its weights)."""
-    return output[0] if isinstance(output, tuple) and output else output
+        return _OfBlocks(self.whole.masked(every), self.k)

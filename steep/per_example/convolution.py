@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.per_example.layers import closed_form, trains
-from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced, matmul, pairwise_is_cheaper
+from steep.per_example._layers import closed_form, trains
+from steep.per_example._products import matmul, pairwise_is_cheaper
+from steep.per_example.parts import CHUNK, Dense, Outer, Part, Sliced
 
 
 class Geometry(NamedTuple):
@@ -160,7 +161,7 @@ def _by_example(t: Tensor, batch: int) -> Tensor:
     return flat if len(t) == batch else flat.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2)
 
 
-def weight_part(params: tuple[Tensor, ...], geometry: Geometry, x: Tensor, grad: Tensor, batch: int) -> Part:
+def _weight_part(params: tuple[Tensor, ...], geometry: Geometry, x: Tensor, grad: Tensor, batch: int) -> Part:
     """The part of a weight (o, c / groups, *kernel): its gradients, or what they are made of if that is smaller."""
     patches = Patches(params, geometry, x, grad, batch)
     small = batch * params[0].numel() <= x.numel() + grad.numel()
@@ -168,19 +169,19 @@ def weight_part(params: tuple[Tensor, ...], geometry: Geometry, x: Tensor, grad:
 
 
 @closed_form(nn.Conv1d, nn.Conv2d, nn.Conv3d, sample_dims=lambda layer: 1 + len(layer.kernel_size))
-def convolution(layer: nn.modules.conv._ConvNd, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
+def _convolution(layer: nn.modules.conv._ConvNd, x: Tensor, grad: Tensor, batch: int) -> Iterator[Part]:
     dims = 1 + len(layer.kernel_size)
     x, grad = (t.reshape(-1, *t.shape[-dims:]) for t in (pad(layer, x), grad))
     geometry = Geometry.of(layer)
     if trains(layer.weight):
-        yield weight_part((layer.weight,), geometry, x, grad, batch)
-    yield from bias_part(layer, grad, batch)
+        yield _weight_part((layer.weight,), geometry, x, grad, batch)
+    yield from _bias_part(layer, grad, batch)
 
 
 @closed_form(
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, sample_dims=lambda layer: 1 + len(layer.kernel_size)
 )
-def transposed_convolution(
+def _transposed_convolution(
     layer: nn.modules.conv._ConvTransposeNd, x: Tensor, grad: Tensor, batch: int
 ) -> Iterator[Part]:
     dims = 1 + len(layer.kernel_size)
@@ -190,11 +191,11 @@ def transposed_convolution(
         padding: Any = layer.padding
         sides = [p for p in reversed(padding) for _ in range(2)]
         seen: list[Any] = [slice(0, n) for n in geometry.reach(x.shape[2:])]  # less than all with an output padding
-        yield weight_part((layer.weight,), geometry, F.pad(grad, sides)[(..., *seen)].contiguous(), x, batch)
-    yield from bias_part(layer, grad, batch)
+        yield _weight_part((layer.weight,), geometry, F.pad(grad, sides)[(..., *seen)].contiguous(), x, batch)
+    yield from _bias_part(layer, grad, batch)
 
 
-def bias_part(layer: nn.modules.conv._ConvNd, grad: Tensor, batch: int) -> Iterator[Part]:
+def _bias_part(layer: nn.modules.conv._ConvNd, grad: Tensor, batch: int) -> Iterator[Part]:
     if trains(layer.bias):
         yield Dense((layer.bias,), grad.flatten(2).sum(2).reshape(batch, -1, layer.out_channels).sum(1))
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steep.per_example.graph import trace
-from steep.per_example.mixing import refuse_mixing
+from steep.per_example._graph import trace
+from steep.per_example._mixing import refuse_mixing
+from steep.per_example._recording import Call, Entrance, Recorder, recorded_layers
+from steep.per_example._uses import assemble
 from steep.per_example.parts import Part
-from steep.per_example.recording import Call, Entrance, Recorder, recorded_layers
-from steep.per_example.rows import Rows, assemble
+from steep.per_example.rows import Rows
 from steep.requires import REQUIREMENTS, UnmetRequirement
 
-TOLERANCE = 1e-3
+_TOLERANCE = 1e-3
 """Largest relative difference from an ordinary backward that the check of the first batch accepts in float32."""
-NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the forward ran under no_grad)"
+_NOTHING_TRAINS = "losses depend on no parameter that trains (all frozen, or the forward ran under no_grad)"
 
 
 class PerExample:
@@ -109,8 +110,8 @@ class PerExample:
         parts = found.collect(losses, keep=keep, last=not retain_graph)
         rows = assemble(parts, names, outside, losses)
         if not rows.parts:
-            raise ValueError(NOTHING_TRAINS)
-        wrong = differing(rows, losses, found.eps) if self._unchecked else None
+            raise ValueError(_NOTHING_TRAINS)
+        wrong = _differing(rows, losses, found.eps) if self._unchecked else None
         if wrong is None:
             return rows
         if self.independent and wrong | outside:
@@ -171,7 +172,7 @@ def _check_losses(losses: Tensor) -> None:
             f"got shape {tuple(losses.shape)} and {losses.dtype}: {REQUIREMENTS['losses'].remedy}"
         )
     if losses.grad_fn is None:
-        raise ValueError(NOTHING_TRAINS)
+        raise ValueError(_NOTHING_TRAINS)
 
 
 def _warn(slow: list[str], lengths: set[int], batch: int) -> None:
@@ -186,7 +187,7 @@ def _warn(slow: list[str], lengths: set[int], batch: int) -> None:
         )
 
 
-def differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
+def _differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
     """Parameters for which a weighted sum of the rows is not what autograd finds; `None` if that is not finite.
 
     Args:
@@ -200,7 +201,7 @@ def differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
         return None
     found = {p: g for part in rows.parts for p, g in _weighted(part, w)}
     eps = max(eps, torch.finfo(losses.dtype).eps)
-    relative, absolute = max(TOLERANCE, eps**0.5), 10 * eps * total
+    relative, absolute = max(_TOLERANCE, eps**0.5), 10 * eps * total
     allowed = {p: relative * g.double().norm().item() + absolute for p, g in expected.items()}
     return {p for p, g in expected.items() if _distance(found.get(p), g) > allowed[p]}
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steep.per_example._products import kernel, matmul, pairwise_is_cheaper
+
 CHUNK = 2**16
 """Elements of an explicit slice of per-example gradients: half a MiB in float64, so that it stays in a core's cache."""
 
@@ -225,9 +227,9 @@ class Outer(Sliced):
         return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, len(self.a), step)])
 
     def _pairs(self, chosen: slice, other: Outer) -> Tensor:
-        inputs = _kernel(self.a, other.a, chosen)
+        inputs = kernel(self.a, other.a, chosen)
         inputs = inputs.add_(1) if self.has_bias else inputs
-        pairs = _kernel(self.d, other.d, slice(chosen.start * self.share, chosen.stop * self.share))
+        pairs = kernel(self.d, other.d, slice(chosen.start * self.share, chosen.stop * self.share))
         if self.share * other.share == 1:
             pairs.mul_(inputs)
         else:
@@ -266,29 +268,3 @@ class Outer(Sliced):
 
     def _bias(self) -> Dense:
         return Dense((self.params[1],), self.d.sum(1))
-
-
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """Matrix products (B, m, t) by (B, t, n), where each of the shorter one belongs to several of the other."""
-    if len(left) == len(right):
-        return left @ right
-    if len(left) < len(right):
-        return matmul(right.mT, left.mT).mT
-    few = left.reshape(len(right), -1, left.shape[2]) @ right
-    return few.view(*left.shape[:2], -1)
-
-
-def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int, share: int = 1) -> bool:
-    """Whether products of all pairs of positions take fewer operations than the gradients, and their products.
-
-    Args:
-        share: number of pairs of rows that share the inner product of their inputs.
-    """
-    return positions**2 * (outputs + inputs / share) < outputs * inputs * (1 + positions / batch)
-
-
-def _kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
-    """Inner products of the positions (B, T, n) of some examples of `left` with those of all of `right`."""
-    here = left.double()
-    there = here if right is left else right.double()
-    return here[chosen].flatten(0, 1) @ there.flatten(0, 1).T

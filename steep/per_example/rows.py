@@ -1,18 +1,16 @@
-"""The rows of a Jacobian, and how the parts of a model are put together to them."""
+"""The rows of a Jacobian, held as the parts of the model's layers."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steep.per_example.autodiff import through_losses
-from steep.per_example.joined import common, cross, stacked
+from steep.per_example._joined import common, cross, stacked
 from steep.per_example.parts import Part, height
-from steep.per_example.uses import combine
 
 
 class Rows:
@@ -181,17 +179,3 @@ def _check_same(rows: Rows, other: Rows) -> None:
         else "their order differs"
     )
     raise ValueError(f"both passes must be over the same parameters of one model, but {what}")
-
-
-def assemble(parts: Sequence[Part], names: dict[Tensor, str], outside: set[Tensor], losses: Tensor) -> Rows:
-    """Sum the uses of each parameter, and give the parameters in `outside` to autograd."""
-    uses = Counter(p for part in parts for p in part.params)
-    shared = outside | {p for p, count in uses.items() if count > 1}
-    split = [piece for part in parts for piece in (part.split() if shared & set(part.params) else (part,))]
-    groups: defaultdict[Tensor, list[Any]] = defaultdict(list)
-    for piece in split:
-        if not outside & set(piece.params):
-            groups[piece.params[0]].append(piece)
-    joined: list[Part] = [group[0] if len(group) == 1 else combine(group) for group in groups.values()]
-    left = tuple(p for p in names if p in outside)
-    return Rows(names, [*joined, through_losses(losses, left)] if left else joined)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from torch import Tensor, nn
 
 from steep.loop.modes import evaluating
 from steep.method import Method, Paper
+from steep.probes._projections import Groups, Projection, attention_projections, matching
 from steep.utils.validation import check_ranges, require
 
 __all__ = [
@@ -52,84 +52,8 @@ __all__ = [
     "top_layers",
 ]
 
-STATISTICS = ("nuclear", "frobenius", "largest", "ratio", "per_loss", "mean", "max", "min")
-STAGES = {26: (7, 13, 6), 28: (7, 14, 7), 32: (10, 10, 12), 42: (12, 18, 12)}
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One matrix: a parameter, or a part of one that holds several side by side.
-
-    Args:
-        parameter: its name in the model.
-        part: which of the parts, from 0.
-        parts: equal parts that the parameter holds along `dim`.
-        dim: 0 for torch's Linear; 1 where the weight is stored transposed.
-    """
-
-    parameter: str
-    part: int = 0
-    parts: int = 1
-    dim: int = 0
-
-    def of(self, gradient: Tensor) -> Tensor:
-        """This matrix' part of the parameter's gradient."""
-        return gradient.chunk(self.parts, self.dim)[self.part]
-
-
-Groups = Mapping[str, Sequence[Projection]]
-
-FUSED = (("*.in_proj_weight", 0), ("*.qkv.weight", 0), ("*.Wqkv.weight", 0), ("*.c_attn.weight", 1))
-"""Queries, keys and values in one parameter (`nn.MultiheadAttention`, ViTs, ModernBERT, GPT-2), by the stacked dim."""
-SINGLE = {
-    "q": ("*.q_proj.weight", "*.query.weight", "*.q_lin.weight"),
-    "k": ("*.k_proj.weight", "*.key.weight", "*.k_lin.weight"),
-    "v": ("*.v_proj.weight", "*.value.weight", "*.v_lin.weight"),
-    "o": (
-        *("*.o_proj.weight", "*.out_proj.weight", "*.out_lin.weight", "*.attention.output.dense.weight"),
-        *("*.attn.c_proj.weight", "*.attn.proj.weight", "*.out.weight"),
-    ),
-}
-
-
-def attention_projections(model: nn.Module) -> dict[str, list[Projection]]:
-    """Query, key, value and output matrices by the usual names, in the order of the layers.
-
-    Knows Llama, Qwen, Gemma, Mistral, OPT, BERT, DistilBERT, GPT-2, timm's ViTs, `nn.MultiheadAttention` and the tasks
-    of steep. Where several query heads share keys and values, those matrices are smaller: compare within a kind.
-
-    Raises:
-        ValueError: no kind was found, or kinds with different numbers of layers.
-    """
-    groups: dict[str, list[Projection]] = {kind: [] for kind in "qkvo"}
-    for name, parameter in model.named_parameters():
-        dim = next((dim for pattern, dim in FUSED if fnmatchcase("." + name, pattern)), None)
-        if dim is not None and parameter.shape[dim] == 3 * parameter.shape[1 - dim]:
-            for part, kind in enumerate("qkv"):
-                groups[kind].append(Projection(name, part, 3, dim))
-        for kind, patterns in SINGLE.items():
-            if any(fnmatchcase("." + name, pattern) for pattern in patterns):
-                groups[kind].append(Projection(name))
-    depths = {kind: len(found) for kind, found in groups.items()}
-    if len({*depths.values()}) > 1 or not depths["q"]:
-        raise ValueError(f"found no regular attention, but {depths} matrices by the usual names: give `groups`")
-    return groups
-
-
-def _matching(model: nn.Module, groups: Mapping[str, str | Sequence[Projection]] | None) -> Groups:
-    """Groups with patterns looked up; a pattern's matches are in the order of the model's parameters."""
-    if groups is None:
-        return attention_projections(model)
-    names = [name for name, _ in model.named_parameters()]
-    found = {
-        kind: [Projection(n) for n in names if fnmatchcase(n, given)] if isinstance(given, str) else list(given)
-        for kind, given in groups.items()
-    }
-    for kind, given in groups.items():
-        unknown = [p.parameter for p in found[kind] if p.parameter not in names]
-        if unknown or not found[kind]:
-            raise ValueError(f"groups[{kind!r}]={given!r} must name parameters of the model")
-    return found
+_STATISTICS = ("nuclear", "frobenius", "largest", "ratio", "per_loss", "mean", "max", "min")
+_STAGES = {26: (7, 13, 6), 28: (7, 14, 7), 32: (10, 10, 12), 42: (12, 18, 12)}
 
 
 @dataclass(frozen=True)
@@ -157,7 +81,7 @@ class LayerGradients:
             kind: of matrix: "q", "k", "v", "o", or a name given in `groups`.
             statistic: nuclear, frobenius, largest, ratio, per_loss, mean, max or min.
         """
-        require("statistic", statistic, statistic in STATISTICS, f"one of {', '.join(STATISTICS)}")
+        require("statistic", statistic, statistic in _STATISTICS, f"one of {', '.join(_STATISTICS)}")
         require("kind", kind, kind in self.values[statistic], f"one of {', '.join(self.values[statistic])}")
         return self.values[statistic][kind][self.used].nanmean(0)
 
@@ -187,7 +111,7 @@ def layer_gradients(
         >>> found.curve("w", "ratio").round(decimals=4)  # one position: rank 1
         tensor([1., 1.], dtype=torch.float64)
     """
-    chosen = _matching(model, groups)
+    chosen = matching(model, groups)
     params = _params(model, chosen)
     rows, losses = [], []
     with evaluating(model), torch.enable_grad():
@@ -200,7 +124,7 @@ def layer_gradients(
             rows.append({kind: _table(found, grads, value.item()) for kind, found in chosen.items()})
     require("number of examples", len(rows), len(rows) > 0, "positive")
     tables = {kind: torch.stack([row[kind] for row in rows]) for kind in chosen}
-    values = {name: {kind: t[..., i] for kind, t in tables.items()} for i, name in enumerate(STATISTICS)}
+    values = {name: {kind: t[..., i] for kind, t in tables.items()} for i, name in enumerate(_STATISTICS)}
     return LayerGradients(values, torch.tensor(losses, dtype=torch.float64))
 
 
@@ -226,10 +150,10 @@ def _table(projections: Sequence[Projection], grads: Mapping[str, Tensor], loss:
 
 
 def _statistics(gradient: Tensor, loss: float) -> Tensor:
-    """The numbers named in `STATISTICS`, float64; NaN for a gradient that is not finite."""
+    """The numbers named in `_STATISTICS`, float64; NaN for a gradient that is not finite."""
     g = gradient.detach().flatten(1)
     if not g.isfinite().all():
-        return torch.full((len(STATISTICS),), torch.nan, dtype=torch.float64)
+        return torch.full((len(_STATISTICS),), torch.nan, dtype=torch.float64)
     s = torch.linalg.svdvals(g if g.dtype == torch.float64 else g.float()).double()
     g, nuclear = g.double(), s.sum()
     found = (nuclear, g.norm(), s[0], s[0] / nuclear, nuclear / loss, g.mean(), g.max(), g.min())
@@ -278,7 +202,7 @@ def stages(layers: int) -> dict[str, slice]:
         slice(20, 32, None)
     """
     check_ranges({"layers": layers}, {"layers": "[3, inf)"})
-    early, middle, _ = STAGES.get(layers, (layers // 3, layers - 2 * (layers // 3), layers // 3))
+    early, middle, _ = _STAGES.get(layers, (layers // 3, layers - 2 * (layers // 3), layers // 3))
     return {"early": slice(0, early), "middle": slice(early, early + middle), "late": slice(early + middle, layers)}
 
 

@@ -197,7 +197,7 @@ def test_a_diagonal_matrix_is_found_exactly_by_one_sample():
 def test_the_mean_over_all_signs_is_exact(monkeypatch):
     a = matrix(torch.randn(5, dtype=F64, generator=generator()))
     signs = iter(2 * [torch.tensor(s, dtype=F64) for s in itertools.product((-1.0, 1.0), repeat=5)])
-    monkeypatch.setattr("steep.linalg.hutchinson.rademacher", lambda n, generator, dtype=None: next(signs))
+    monkeypatch.setattr("steep.linalg._hutchinson.rademacher", lambda n, generator, dtype=None: next(signs))
     trace = hutchinson_trace(a.mv, 5, 32, generator())
     assert trace.value == pytest.approx(float(a.trace()))
     off = a - torch.diag(a.diagonal())

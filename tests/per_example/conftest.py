@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from steep.per_example import autodiff, convolution, embedding, layers, parts
+from steep.per_example import _embedding, _layers, autodiff, convolution, parts
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def seeded_and_quiet():
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Every loop over slices, positions, samples and blocks takes several turns."""
-    for module in (parts, layers, convolution, embedding, autodiff):
+    for module in (parts, _layers, convolution, _embedding, autodiff):
         monkeypatch.setattr(module, "CHUNK", 60)
     monkeypatch.setattr(autodiff, "COLUMNS", 200)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from steep.per_example import Outer, Patches, PerExample, Rows, layers, parts
-from steep.per_example.columns import Interleaved, shared
+from steep.per_example import Outer, Patches, PerExample, Rows, _layers, closed_form, parts
+from steep.per_example._columns import Interleaved, shared
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(SPEC)
@@ -142,7 +142,7 @@ def test_a_third_partys_kind_of_part():
         def forward(self, x):
             return x * self.weight
 
-    @layers.closed_form(Scale)
+    @closed_form(Scale)
     def scale(layer, x, grad, batch):
         yield Rank1((layer.weight,), x * grad)
 
@@ -156,7 +156,7 @@ def test_a_third_partys_kind_of_part():
         zoo.check(rows, j)
         zoo.check(rows.restrict(1.0, torch.Generator()), j)
     finally:
-        layers.RULES.pop(Scale)
+        _layers.RULES.pop(Scale)
 
 
 def test_a_column_that_does_not_reach_a_layer_has_zeros_there():

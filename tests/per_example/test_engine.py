@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steep.per_example import Dense, PerExample, closed_form
-from steep.per_example.layers import RULES
+from steep.per_example._layers import RULES
 from steep.requires import UnmetRequirement
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from steep.per_example import PerExample
-from steep.per_example.recurrent import run
+from steep.per_example._recurrent import run
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 small = st.integers(1, 4)

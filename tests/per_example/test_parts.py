@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from steep.per_example import Blocks, Dense, Lookup, Outer, Patches, PerExample, parts
-from steep.per_example.uses import Uses, combine
+from steep.per_example._uses import Uses, combine
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 small = st.integers(1, 5)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from steep.backward.sven import Sven
 from steep.per_example import PerExample, Rows
-from steep.per_example.joined import Joined
+from steep.per_example._joined import Joined
 
 SPEC = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(SPEC)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from steep.probes.layer_gradient import (
-    STATISTICS,
+    _STATISTICS,
     Projection,
     attention_projections,
     layer_difference,
@@ -69,10 +69,10 @@ def test_statistics_are_numpys(lm, examples):
                     "max": g.max(),
                     "min": g.min(),
                 }
-                assert set(numbers) == set(STATISTICS)
+                assert set(numbers) == set(_STATISTICS)
                 for name, value in numbers.items():
                     assert found.values[name][kind][e, depth].item() == pytest.approx(value, rel=1e-9, abs=1e-13)
-    for name in STATISTICS:
+    for name in _STATISTICS:
         torch.testing.assert_close(found.curve("v", name), found.values[name]["v"].mean(0))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from steep.per_example.recording import Call
+from steep.per_example._recording import Call
 from steep.requires import REQUIREMENTS, UnmetRequirement
 
 Edge = tuple[Any, int]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _VariableFunctions
 
-from steep.per_example.layers import affine, closed_form
+from steep.per_example._layers import affine, closed_form
 from steep.per_example.parts import Part
 
 KERNELS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}

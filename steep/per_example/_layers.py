@@ -4,7 +4,7 @@
 ``rule(layer, x, grad, batch)`` with the layer's first input and the gradient of its output (of the summed
 losses), whose leading dimension is the batch or a multiple of it, and yields parts of the parameters that
 require a gradient. A rule for the `whole` call gets all inputs by name, and the gradients of all outputs instead:
-``rule(layer, inputs, grads, batch)``. A layer without a rule is left to `autodiff.local`.
+``rule(layer, inputs, grads, batch)``. A layer without a rule is left to `_gradients.local`.
 """
 
 from __future__ import annotations

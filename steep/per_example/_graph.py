@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from steep.per_example.autodiff import filled, for_each, through_broadcast
-from steep.per_example.columns import interleave
+from steep.per_example._columns import interleave
+from steep.per_example._gradients import filled, for_each, through_broadcast
+from steep.per_example._recording import Call
 from steep.per_example.parts import Part
-from steep.per_example.recording import Call
 from steep.requires import UnmetRequirement
 
 BROADCASTING = ("AddBackward0", "ExpandBackward0")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steep.linalg.vectors import MatVec
+from steep.linalg._vectors import MatVec
 from steep.utils.validation import check_ranges
 
 

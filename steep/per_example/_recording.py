@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steep.per_example.autodiff import first, local
-from steep.per_example.columns import interleave, interleaved
-from steep.per_example.layers import Rule, rule_of
+from steep.per_example._columns import interleave, interleaved
+from steep.per_example._gradients import first, local
+from steep.per_example._layers import Rule, rule_of
 from steep.per_example.parts import Part
 
 

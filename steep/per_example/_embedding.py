@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from steep.per_example.layers import closed_form, trains
+from steep.per_example._layers import closed_form, trains
 from steep.per_example.parts import CHUNK, Part, Sliced
 
 

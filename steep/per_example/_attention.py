@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.per_example.layers import affine, closed_form, rule_of, trains
+from steep.per_example._layers import affine, closed_form, rule_of, trains
 from steep.per_example.parts import Dense, Part
 
 

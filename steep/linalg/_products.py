@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steep.linalg.vectors import Product, Tensors
+from steep.linalg._vectors import Product, Tensors
 
 Function = Callable[[Tensors], Tensor]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steep.per_example._embedding import Lookup
 from steep.per_example.convolution import Patches
-from steep.per_example.embedding import Lookup
 from steep.per_example.parts import Dense, Outer, Part, Sliced
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steep.linalg.hutchinson import rademacher
-from steep.linalg.vectors import MatVec
+from steep.linalg._hutchinson import rademacher
+from steep.linalg._vectors import MatVec
 from steep.utils.validation import check_ranges
 
 
