@@ -22,9 +22,9 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList
 
+from steep._layers import find_layers, is_called
 from steep.loop.modes import evaluating
 from steep.utils.validation import nearest
 
@@ -131,13 +131,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _linears(model: nn.Module) -> list[nn.Module]:
     """Linear layers that can be a head: not attention's output projection, nor part of a parametrization."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not isinstance(module, NonDynamicallyQuantizableLinear)
-        and "parametrizations" not in name.split(".")
-    ]
+    return list(find_layers(model, lambda module: isinstance(module, nn.Linear) and is_called(module)).values())
 
 
 def last_linear(model: nn.Module) -> nn.Module | None:

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steep._layers import find_layers
 from steep.method import Method, Paper, log_uniform
 from steep.per_example.convolution import pad
 from steep.utils.validation import check_ranges, require
@@ -114,7 +115,7 @@ class TrAct:
 
 def _candidates(model: nn.Module, layer: str | None) -> dict[str, Any]:
     """The layers, by name, whose forward is torch's own; or the one that is asked for."""
-    found = {name: v for name, v in model.named_modules() if getattr(v.forward, "__func__", None) in FORWARDS}
+    found = find_layers(model, lambda module: getattr(module.forward, "__func__", None) in FORWARDS)
     known = bool(found) if layer is None else layer in found
     names = ", ".join(map(repr, found)) or "there is none"
     require("layer", layer, known, f"a Linear or Conv1d, 2d or 3d layer of the model, with torch's forward: {names}")

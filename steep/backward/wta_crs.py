@@ -27,8 +27,6 @@ Unsure: the criterion for |C| bounds the variance; (1 - P)^2/(k - |C|) is its fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from steep._layers import Layers, choose_layers, find_layers
 from steep.method import Method, Paper
 from steep.recipe import Mean
 from steep.utils.validation import check_ranges, require
@@ -44,8 +43,6 @@ ESTIMATORS = ("wta", "crs", "top-k", "uniform")
 
 UNSEEN = -1.0
 HUGE = 1e200  # weight of a row that is not finite: it is kept, so that the gradient is not finite either
-
-Layers = str | Callable[[str, nn.Module], bool] | None
 
 
 class WTACRS:
@@ -167,15 +164,9 @@ class WTACRS:
 
 def _select(model: nn.Module, layers: Layers) -> dict[str, Any]:
     """The layers to sample, by name."""
-    found = {name: module for name, module in model.named_modules() if _is_plain(module)}
-    if layers is None:
-        chosen = list(found)[:-1]
-    else:
-        match = layers if callable(layers) else lambda name, module: fnmatchcase(name, layers)
-        chosen = [name for name, module in found.items() if match(name, module)]
-    allowed = f"a choice of Linear layers, by default all but the last of {list(found)}"
-    require("layers", layers, len(chosen) > 0, allowed)
-    return {name: found[name] for name in chosen}
+    found = find_layers(model, _is_plain)
+    description = f"the Linear layers {list(found)}, by default all but the last"
+    return choose_layers(layers, found, default=list(found)[:-1], description=description)
 
 
 def _is_plain(module: nn.Module) -> bool:

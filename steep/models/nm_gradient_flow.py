@@ -23,15 +23,14 @@ fine-tuning; here, as in the text, all log2(M/N) + 1 have equal times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from steep._layers import WEIGHTED, Layers, choose_layers, find_layers
 from steep.method import Method, Paper, choice, uniform
 from steep.utils.validation import require
 
@@ -45,10 +44,7 @@ SCHEDULES = (
     "dense",
 )
 FLOWS = ("masked", "ste")
-SPARSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FADED, FADED_AFTER = 0.01, 0.7  # by default D(t) is 0.01 after 70 % of the sparsification
-
-Layers = str | Callable[[str, nn.Module], bool] | None
 
 
 class Phase(NamedTuple):
@@ -332,29 +328,21 @@ def _default_rate(schedule: str, steps: int) -> float:
 
 def _select(model: nn.Module, layers: Layers, group: int) -> dict[str, nn.Module]:
     """The layers to make sparse, by name; `group` is the largest group of weights on the way."""
-    found: dict[str, nn.Module] = {name: v for name, v in model.named_modules() if isinstance(v, SPARSE)}
-    sizes = {name: _inputs(module) for name, module in found.items()}
-    if layers is None:
-        head = [name for name, module in found.items() if isinstance(module, nn.Linear)][-1:]
-        chosen = [name for name in found if name not in head and sizes[name] % group == 0]
-    else:
-        match = layers if callable(layers) else lambda name, module: fnmatchcase(name, layers)
-        chosen = [name for name, module in found.items() if match(name, module)]
-    if not chosen:
-        raise ValueError(
-            f"layers={layers!r} chooses no layer for groups of {group}; Linear layers and convolutions, with their "
-            f"inputs per output: {sizes}. By default those that {group} divides, except the last Linear"
-        )
-    for name in chosen:
+    found = find_layers(model, lambda module: isinstance(module, WEIGHTED))
+    sizes = {name: module.weight[0].numel() for name, module in found.items()}
+    head = [name for name, module in found.items() if isinstance(module, nn.Linear)][-1:]
+    divisible = [name for name in found if name not in head and sizes[name] % group == 0]
+    description = (
+        f"the Linear layers and convolutions (with their inputs per output) {sizes}, by default those that groups of "
+        f"{group} divide, except the last Linear"
+    )
+    chosen = choose_layers(layers, found, default=divisible, description=description)
+    for name, module in chosen.items():
         if sizes[name] % group:
             raise ValueError(f"layer {name!r}: its {sizes[name]} inputs per output are no multiple of {group}")
-        if parametrize.is_parametrized(found[name], "weight"):
+        if parametrize.is_parametrized(module, "weight"):
             raise ValueError(f"layer {name!r}: its weight is parametrized already; remove that first")
-    return {name: found[name] for name in chosen}
-
-
-def _inputs(module: Any) -> int:
-    return module.weight[0].numel()
+    return chosen
 
 
 method = Method(

@@ -31,14 +31,13 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from steep._layers import WEIGHTED, find_layers, is_called, matching
 from steep.method import Method, Paper, uniform
 from steep.models._signs import EDE, FDA, STE, ApproxSign, EstimatedSign, Estimator, ReSTE, sign
 from steep.utils.validation import nearest, require
@@ -46,7 +45,6 @@ from steep.utils.validation import nearest, require
 __all__ = ["EDE", "FDA", "STE", "ApproxSign", "Binarization", "Estimator", "ReSTE", "apply_reste"]
 
 BITS = ("1W32A", "1W1A", "32W1A")
-BINARY = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Sign(nn.Module):
@@ -289,27 +287,21 @@ def apply_reste(
 
 def _select(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     """The layers to make binary, by name."""
-    found = {name: module for name, module in model.named_modules() if _can_be_binary(name, module)}
-    names = list(found)
+    found = find_layers(model, lambda module: isinstance(module, WEIGHTED) and is_called(module))
+    names, skipped = list(found), set[str]()
     ends = {"first": names[:1], "last": names[-1:]}
     for pattern in skip:
-        matched = ends[pattern] if pattern in ends else [name for name in names if fnmatchcase(name, pattern)]
+        matched = ends[pattern] if pattern in ends else matching(pattern, found)
         if not matched:
             raise ValueError(f"skip: {pattern!r} matches no Linear layer or convolution{nearest(pattern, names)}")
-        for name in matched:
-            found.pop(name, None)
-    if not found:
+        skipped.update(matched)
+    chosen = {name: module for name, module in found.items() if name not in skipped}
+    if not chosen:
         raise ValueError(f"skip={skip!r} leaves none of the layers {names} to be made binary")
-    for name, module in found.items():
+    for name, module in chosen.items():
         if parametrize.is_parametrized(module, "weight") or hasattr(module, "input_sign"):
             raise ValueError(f"layer {name!r}: it is binary or its weight parametrized already; remove that first")
-    return found
-
-
-def _can_be_binary(name: str, module: nn.Module) -> bool:
-    """Not attention's output projection, which is never called, nor what is inside another parametrization."""
-    inside = "parametrizations" in name.split(".")
-    return isinstance(module, BINARY) and not isinstance(module, NonDynamicallyQuantizableLinear) and not inside
+    return chosen
 
 
 method = Method(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steep
-from steep.backward.levenberg_marquardt import LEAST, LevenbergMarquardt
+from steep.backward.levenberg_marquardt import LEAST, LevenbergMarquardt, method
 from steep.requires import UnmetRequirement
 
 

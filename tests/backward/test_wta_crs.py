@@ -616,7 +616,7 @@ def test_which_layers():
     assert chosen(model, layers="*") == ["a", "b"]
     assert chosen(model, layers=lambda name, module: name == "b" and module.in_features == 2) == ["b"]
     for layers in ("c", "attention.out_proj", "nothing"):
-        with pytest.raises(ValueError, match=r"layers='.*a choice of Linear layers.*\['a', 'b'\]"):
+        with pytest.raises(ValueError, match=r"layers='.*chooses no layer out of the Linear layers \['a', 'b'\]"):
             WTACRS(model, layers=layers)
     WTACRS(model, layers="*")
     with pytest.raises(ValueError, match="layers"):
