@@ -99,10 +99,10 @@ def _best(study: Study) -> tuple[ArmResult, str] | None:
     arm = next((a for a in rows.methods(study) if _verdict(a, study) == "helps"), None)
     if arm is None:
         return None
-    said, c, price = statement(arm, study), arm.scores[study.primary], _price(arm, study)
+    words, c, price = statement(arm, study), arm.scores[study.primary], _price(arm, study)
     sure = f" (95 % interval {wording.interval(c, study.metrics[c.score])})" if math.isfinite(c.estimate) else ""
-    later = f"; {said.at_equal_time}" if said.at_equal_time else ""
-    return arm, f"{said.finding}{sure}{price} at equal steps{later}"
+    later = f"; {words.at_equal_time}" if words.at_equal_time else ""
+    return arm, f"{words.finding}{sure}{price} at equal steps{later}"
 
 
 def _price(arm: ArmResult, study: Study) -> str:

@@ -91,10 +91,10 @@ def sentences(study: Study) -> list[str]:
     return [f"{arm.name} {sentence(statement(arm, study))}" for arm in ranked(study)[1:]]
 
 
-def sentence(said: Statement) -> str:
+def sentence(words: Statement) -> str:
     """All clauses in one: "helps: test loss 41 % lower (...) at equal steps; ..."."""
-    basis = f" ({said.support}) at equal steps" if said.support else ""
-    return f"{said.lead}: {said.finding}{basis}" + (f"; {said.at_equal_time}" if said.at_equal_time else "")
+    basis = f" ({words.support}) at equal steps" if words.support else ""
+    return f"{words.lead}: {words.finding}{basis}" + (f"; {words.at_equal_time}" if words.at_equal_time else "")
 
 
 def headline(study: Study) -> str:
