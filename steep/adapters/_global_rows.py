@@ -1,4 +1,19 @@
-"""The rows of all processes' examples: their Gram matrix from what each process keeps of its layers."""
+"""The rows of all processes' examples: their Gram matrix from what each process keeps of its layers.
+
+A rule built on the per-example engine (Sven) needs the Gram matrix of all examples, of which each process holds some.
+With J_r the rows of process r, the blocks between processes, ``J_r J_s^T``, follow from what the engine keeps of each
+layer: every process receives the others' factors and forms the whole (B, B) Gram matrix itself. Then it adds
+``J_r^T w_r`` with its own slice of w, and DDP sums as it does for any gradient. Exchanged per step and process, in
+numbers (times bytes of their type), for B examples in this process:
+
+    Linear         B T (i + o)            layer inputs and output gradients of T positions
+    convolution    size of padded input and output gradient
+    Embedding      B T (e + 1)            output gradients and tokens
+    norm, bias     B p                    the rows themselves, p parameters
+    other layers   B p                    their rows, but for at most `CHUNK` numbers of each process at a time
+
+the B losses, and two integers. Never the (B x P) matrix of the model. All of it counts in `GlobalBatch.sent_bytes`.
+"""
 
 from __future__ import annotations
 

@@ -82,7 +82,6 @@ class SteepMixin(_Host):
         loader = super().get_train_dataloader()
         if self.data is None:
             return loader
-        # the Trainer may ask for the loader again
         self.attached.parts = [part for part in self.attached.parts if part is not self.train_loader]
         self.train_loader = self.data(Tuples(loader, self._input))
         self.attached.add(self.train_loader)
@@ -90,8 +89,7 @@ class SteepMixin(_Host):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        # of all parts of the step, so that unequal parts are weighted by their examples
-        self._examples = sum(size_of(batch) for batch in batches)
+        self._examples = sum(size_of(batch) for batch in batches)  # of the step, for parts of unlike size
         return batches, items
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
