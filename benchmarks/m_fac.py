@@ -29,7 +29,7 @@ SHAPES = [(768, 768)] * 12
 WINDOWS = (4, 8, 16, 32)
 
 
-class Contest:
+class Timed:
     """One optimizer with parameters of its own; all share two sets of gradients, used in turn."""
 
     def __init__(self, make: Callable[[list[nn.Parameter]], Optimizer], grads: list[list[torch.Tensor]]):
@@ -59,16 +59,16 @@ def copying(grads: list[torch.Tensor], rounds: int) -> float:
 def measure(rounds: int) -> dict[str, Any]:
     g = torch.Generator().manual_seed(1)
     grads = [[0.01 * torch.randn(shape, generator=g) for shape in SHAPES] for _ in range(2)]
-    fused = Contest(lambda p: AdamW(p, fused=True), grads)
-    ours = {m: Contest(lambda p, m=m: MFAC(p, ngrads=m), grads) for m in WINDOWS}  # type: ignore[misc]
-    for m, contest in ours.items():
+    fused = Timed(lambda p: AdamW(p, fused=True), grads)
+    ours = {m: Timed(lambda p, m=m: MFAC(p, ngrads=m), grads) for m in WINDOWS}  # type: ignore[misc]
+    for m, one in ours.items():
         for t in range(m):
-            contest.turn(t)
-        contest.times.clear()
+            one.turn(t)
+        one.times.clear()
     for t in range(rounds):
-        for contest in (fused, *ours.values()):
-            contest.turn(t)
-    reference, times = median(fused.times), {m: median(contest.times) for m, contest in ours.items()}
+        for one in (fused, *ours.values()):
+            one.turn(t)
+    reference, times = median(fused.times), {m: median(one.times) for m, one in ours.items()}
     slope, start = np.polyfit(WINDOWS, [times[m] for m in WINDOWS], 1)
     return {
         "AdamW fused step, ms": 1e3 * reference,

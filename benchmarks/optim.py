@@ -49,7 +49,7 @@ OURS: dict[str, Callable[..., Optimizer]] = {"AdaBelief": AdaBelief, "DiffGrad":
 WAYS: dict[str, dict[str, Any]] = {"compiled": {"compile": True}, "eager": {}, "loop": {"foreach": False}}
 
 
-def contestants() -> dict[str, Callable[..., Optimizer]]:
+def optimizers() -> dict[str, Callable[..., Optimizer]]:
     """By name, in the order of their turns; weight decay is on wherever AdamW has it."""
     ours = {
         f"{name}, {way}": lambda p, make=make, options=options: make(p, **options)
@@ -85,7 +85,7 @@ def quietly(make: Callable[..., Optimizer], *args: Any, **options: Any) -> Optim
         return make(*args, **options)
 
 
-class Contest:
+class Timed:
     """One optimizer with parameters of its own and two sets of gradients, used in turn."""
 
     def __init__(self, make: Callable[..., Optimizer], shapes: Shapes):
@@ -107,18 +107,18 @@ class Contest:
 
 
 def measure(shapes: Shapes, rounds: int) -> dict[str, Any]:
-    contests = {name: Contest(make, shapes) for name, make in contestants().items()}
+    timed = {name: Timed(make, shapes) for name, make in optimizers().items()}
     for t in range(1, rounds + 2):
-        for contest in contests.values():
-            contest.turn(t)
-    medians = {name: median(contest.times[2:]) for name, contest in contests.items()}
-    fastest = {name: min(contest.times[2:]) for name, contest in contests.items()}
+        for one in timed.values():
+            one.turn(t)
+    medians = {name: median(one.times[2:]) for name, one in timed.items()}
+    fastest = {name: min(one.times[2:]) for name, one in timed.items()}
     reference = "AdamW, fused"
     return {
         "AdamW fused step, ms": 1e3 * medians[reference],
         "ratio": {name: round(value / medians[reference], 2) for name, value in medians.items()},
         "ratio of the fastest": {name: round(value / fastest[reference], 2) for name, value in fastest.items()},
-        "first step with compilation, s": {n: round(c.first, 1) for n, c in contests.items() if "compiled" in n},
+        "first step with compilation, s": {n: round(c.first, 1) for n, c in timed.items() if "compiled" in n},
     }
 
 

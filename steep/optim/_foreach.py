@@ -147,6 +147,7 @@ def _whole(rule: RowRule, flags: int) -> Callable[..., Tensor]:
 
 
 def _pieces(tensors: list[Tensor], dim: int, size: int) -> Iterable[Sequence[Tensor]]:
+    # most tensors are one piece: not split, because that would cost as much as a small operation
     return [tensors] if tensors[0].shape[dim] <= size else zip(*(t.split(size, dim) for t in tensors), strict=True)
 
 
@@ -164,10 +165,11 @@ def _gather(
     by_shape: bool = False,
 ) -> list[tuple[int, list[Row]]]:
     """Count a step of every parameter that has a gradient; (t, rows) for those that can share a call."""
+    # an empty parameter has nothing to step
     members = [(p, g, optimizer.state[p]) for p in params if (g := p.grad) is not None and g.numel() > 0]
     kinds = [(type(p), g.layout, p.dtype, p.device, p.shape if by_shape else None) for p, g, _ in members]
     fresh: dict[Any, list[tuple[Tensor, dict[str, Tensor]]]] = {}
-    for kind, (p, _, s) in zip(kinds, members, strict=True):
+    for kind, (p, _, s) in zip(kinds, members, strict=True):  # all of them before any state is made or changed
         check_kind(optimizer, *kind[:3])
         if not s:
             fresh.setdefault(kind, []).append((p, s))
@@ -186,6 +188,7 @@ def _count(steps: list[Tensor]) -> list[float]:
 
 
 def check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: torch.dtype) -> None:
+    """Raise `RuntimeError` for a sharded or complex parameter and for a sparse gradient, with the way out."""
     if layout is torch.strided and not dtype.is_complex and not hasattr(param, "to_local"):
         return
     owner = type(optimizer).__name__
@@ -202,7 +205,7 @@ def check_kind(optimizer: Optimizer, param: type, layout: torch.layout, dtype: t
 
 def _make_state(fresh: list[tuple[Tensor, dict[str, Tensor]]], names: Sequence[str], per_tensor: Sequence[str]) -> None:
     """Zeros for parameters that have no state yet: one buffer per name, the parameters' parts end to end."""
-    for _, s in fresh:
+    for _, s in fresh:  # counted on the CPU, as in torch, so that reading the count does not wait for a device
         s["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
     params = [p for p, _ in fresh]
     scalars = [p.new_empty(()) for p in params]
@@ -223,7 +226,9 @@ def _buckets(optimizer: Optimizer, group: Mapping[str, Any], rows: list[Row]) ->
         for c, tensors in enumerate(zip(*bucket, strict=True)):
             flat = _end_to_end(tensors, dtype)
             if flat is None:
-                scratch = _scratch(optimizer) if len(bucket) > 1 else Scratch()
+                scratch = (
+                    _scratch(optimizer) if len(bucket) > 1 else Scratch()
+                )  # the copy of a large tensor is not kept
                 flat, parts = scratch.copy(tensors, dtype, c, (id(group), i, rows[0][0].shape))
                 copied += [(tensors, parts)] if c != GRAD else []
             flats.append(flat)

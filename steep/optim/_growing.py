@@ -1,4 +1,4 @@
-"""Batches that grow during a training, and time that goes by examples."""
+"""Batches that grow during a training run, and time that is counted in examples."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class GrowingBatches:
     """A loader whose batch size may be set between batches, by a test of the gradients or by hand.
 
     It drives the batch sampler of the loader it is given, which is left as it was. Workers of a `DataLoader` fetch
-    ahead, so that with them a new size comes some batches later. Time goes by examples: `elapsed` counts batches of
-    the size the loader came with, so that ``LambdaLR(optimizer, lambda _: 1 - batches.elapsed / total_steps)`` is a
-    schedule by examples. `fit` steps its schedules by that count, and its budget is as many examples as ever.
+    ahead, so that with them a new size comes some batches later. Time is counted in examples: `elapsed` counts batches
+    of the size the loader came with, so that ``LambdaLR(optimizer, lambda _: 1 - batches.elapsed / total_steps)`` is a
+    schedule by examples. `fit` steps its schedules by that count, and its budget is the same number of examples.
 
     Args:
         loader: a `DataLoader`, or whatever iterates over one, with a `BatchSampler` that keeps the last short batch.
         initial: batch size to start with, at least 2; by default the loader's own.
         maximum: batch size to end with, at least `initial`; the number of examples if that is less, or by default.
-        total_steps: batches, of the size that the loader came with, of the whole training: the last one is cut where
-            their examples end. Without it every epoch is whole.
+        total_steps: batches, of the size that the loader came with, of the whole training run: the last one is cut
+            where their examples end. Without it every epoch is whole.
 
     Attributes:
         batch_size: of the next batch.
@@ -60,15 +60,15 @@ class GrowingBatches:
         self.maximum = min(self.maximum, self.examples)
         self.batch_size = min(self.batch_size, self.maximum)
         self.epochs = self.given = 0
-        self._sizes: list[int] = []
-        self._again: list[int] = []
+        self._sizes: list[int] = []  # of the batches given in the current epoch
+        self._again: list[int] = []  # sizes to give first, after loading in mid-epoch, so that the same examples come
 
     def __len__(self) -> int:
         """Batches in an epoch, of the size that the loader came with."""
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        again, self._again = self._again, []
+        again, self._again = self._again, []  # of the first epoch after loading only
         self.given, self._sizes = 0, []
         batches = None
         while True:
@@ -77,7 +77,7 @@ class GrowingBatches:
             try:
                 batches = iter(self.loader) if batches is None else batches  # workers fetch at once
                 batch = next(batches, None)
-            finally:
+            finally:  # others may iterate over the loader, or ask for its length, between our batches
                 self._sampler.batch_size = self.unit
             if batch is None:
                 break
@@ -87,7 +87,7 @@ class GrowingBatches:
         self.epochs, self.given, self._sizes = self.epochs + 1, 0, []
 
     def _left(self) -> int:
-        """Examples until the training's end."""
+        """Examples until the training run ends; an epoch's, where that is not known or has passed."""
         if self.total_steps is None:
             return self.examples
         epochs, steps = divmod(self.total_steps, self.length)

@@ -112,7 +112,7 @@ def _moments(rows: Rows, test: str) -> tuple[_Moments, tuple[Tensor | None, ...]
     if test == "coordinate-wise":
         columns = zip(rows.params, rows.columnwise(_deviations), strict=True)
         return _Moments(n, known, [p.new_zeros(p.shape).double() if s is None else s for p, s in columns]), mean
-    spread = (rows.norms().square().sum() - n * _square(known)).clamp(min=0)
+    spread = (rows.norms().square().sum() - n * _square(known)).clamp(min=0)  # rounding may make it negative
     along = 0.0 if test == "norm" else float(_deviations(rows.jvp(known)[:, None]))
     return _Moments(n, known, [spread], along), mean
 
@@ -199,14 +199,14 @@ class AdaptiveBatchSize:
         return first.joined(second)
 
     def _version(self) -> int:
-        """Changes when the parameters do."""
+        """Changes when the parameters do, by which a new batch is told from another part of this one."""
         return sum(p._version for p in self.engine.model.parameters())
 
     def step(self) -> None:
         """Test the batch, if it had its full size, and let the next ones grow; call it after the optimizer."""
         self.steps += 1
         found, self._found = self._found, None
-        if found is not None and found.n >= self.batches.batch_size:
+        if found is not None and found.n >= self.batches.batch_size:  # not the short batch at the end of an epoch
             self.demand = found.demand(self.test, self.eta, self.nu)
             self.batches.grow(self.demand)
 
@@ -264,6 +264,7 @@ class AdaGradNorm(BaseOptimizer):
         super().__init__(params, {**numbers, "row_wise": row_wise})
 
     def _step(self) -> None:
+        # every sum is brought up to date first, because AdaGrad-Norm divides by the total over all parameters
         moving = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         descents = [self._accumulate(group, p) for group, p in moving]
         whole = [p for group in self.param_groups if not group["row_wise"] for p in group["params"]]

@@ -76,7 +76,7 @@ def _descent(group: dict[str, Any], p: Tensor, grad: Tensor) -> Tensor:
 
 
 def _announce(size: int) -> None:
-    if size > _LARGE:  # it fills up step by step, long after one would have looked
+    if size > _LARGE:  # said at the start: the window fills up step by step, so memory would run out much later
         warnings.warn(f"MFAC keeps {size / 2**30:.0f} GiB of gradients: lower ngrads if that is too much", stacklevel=8)
 
 
@@ -86,8 +86,8 @@ class MFAC(BaseOptimizer):
 
     The first steps are long, about ``lr ngrads / |g|``, where the gradient is large against the damping, since missing
     gradients count as zeros; begin with a small lr. lr and damping belong together: while gradients are small a step is
-    lr / damping times the gradient. The defaults are for long trainings; small networks learn faster with both at 1e-2
-    to 1e-1. The memory is `ngrads` gradients, in float32 for half-precision parameters.
+    lr / damping times the gradient. The defaults are for long training runs; small networks learn faster with both at
+    1e-2 to 1e-1. The memory is `ngrads` gradients, in float32 for half-precision parameters.
 
     A non-finite gradient is not absorbed: it makes all parameters non-finite, unless the step is skipped (as
     `torch.amp.GradScaler` does).
@@ -151,12 +151,12 @@ class MFAC(BaseOptimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         super().load_state_dict(state_dict)
         saved = state_dict["state"].get(state_dict["param_groups"][0]["params"][0], {})
-        if "gram" in saved:  # torch takes state to the parameter's dtype
+        if "gram" in saved:  # torch casts state to the parameter's dtype, in which K would be too coarse
             shared, device = self._shared(), self.param_groups[0]["params"][0].device
             shared["gram"] = saved["gram"].to(device, torch.float64, copy=True)
 
     def _shared(self) -> dict[str, Tensor]:
-        """What belongs to no one parameter, kept with the first: the steps taken, and K."""
+        """The steps taken, and K: kept with the first parameter, because `state_dict` has state of parameters only."""
         first, m = self.param_groups[0]["params"][0], self.param_groups[0]["ngrads"]
         shared: dict[str, Tensor] = self.state[first]
         if "gram" not in shared:
@@ -182,7 +182,7 @@ class MFAC(BaseOptimizer):
         shared = self._shared()
         group, gram = self.param_groups[0], shared["gram"]
         newest = int(shared["step"]) % group["ngrads"]
-        for state in self.state.values():
+        for state in self.state.values():  # a parameter without gradient counts as zeros, not as m steps ago
             if "grads" in state:
                 state["grads"][newest] = 0
         products = torch.zeros_like(gram[0])

@@ -1,4 +1,4 @@
-"""AdAdaGrad's tests against NumPy on explicit gradients, its batches in a training, and AdaGrad-Norm."""
+"""AdAdaGrad's tests against NumPy on explicit gradients, its batches in a training run, and AdaGrad-Norm."""
 
 import copy
 import io
@@ -270,7 +270,7 @@ def test_parameters_that_a_loss_does_not_use_get_no_gradient():
         assert model["used"].weight.grad is not None
 
 
-# ---- in a training
+# ---- in a training run
 
 
 def recipe(**changes):

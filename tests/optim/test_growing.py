@@ -233,7 +233,7 @@ def test_copies_and_pickles():
         assert (batches.batch_size, batches.elapsed) == (4, 0)
 
 
-# ---- in a training
+# ---- in a training run
 
 
 class Doubling:
