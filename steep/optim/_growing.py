@@ -8,10 +8,11 @@ from itertools import groupby
 from typing import Any
 
 from steep.batches import Batch, Loader
+from steep.utils.loaders import LoaderWrapper
 from steep.utils.validation import require, require_whole
 
 
-class GrowingBatches:
+class GrowingBatches(LoaderWrapper):
     """A loader whose batch size may be set between batches, by a test of the gradients or by hand.
 
     It drives the batch sampler of the loader it is given, which is left as it was. Workers of a `DataLoader` fetch
@@ -51,7 +52,8 @@ class GrowingBatches:
         maximum: int | None = None,
         total_steps: int | None = None,
     ):
-        self.loader, self._sampler, self.total_steps = loader, _batch_sampler(loader), total_steps
+        super().__init__(loader)
+        self._sampler, self.total_steps = _batch_sampler(loader), total_steps
         self.unit, self.length, self.examples = self._sampler.batch_size, len(loader), len(self._sampler.sampler)
         self.batch_size = self.unit if initial is None else initial
         self.maximum = self.examples if maximum is None else maximum
@@ -106,22 +108,14 @@ class GrowingBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """Batch size, epochs, and the sizes in the current epoch (size, count), which come again after loading."""
-        inner = {"loader": self.loader.state_dict()} if hasattr(self.loader, "state_dict") else {}
         sizes = [[size, len([*same])] for size, same in groupby(self._sizes + self._again)]
-        return {"batch_size": self.batch_size, "epochs": self.epochs, "sizes": sizes, **inner}
+        return {"batch_size": self.batch_size, "epochs": self.epochs, "sizes": sizes, **self.inner_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch_size, self.epochs, self.given = state["batch_size"], state["epochs"], 0
         self._sizes = []
         self._again = [size for size, count in state["sizes"] for _ in range(count)]
-        if "loader" in state:
-            self.loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the loader's: its dataset, its samplers and generators, its feedback."""
-        if name == "loader" or name.startswith("__"):  # absent while being unpickled
-            raise AttributeError(name)
-        return getattr(self.loader, name)
+        self.load_inner_state(state)
 
 
 def _batch_sampler(loader: Any) -> Any:
