@@ -82,6 +82,9 @@ def _parametrize(layers: Iterable[Any], parametrization: Callable[[Tensor], nn.M
 
 def _restore(layers: Iterable[nn.Module], merged: bool) -> None:
     for module in layers:
+        # torch deletes a property of the class that a layer shares with its deep copies: give this one its own class
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
         # the weight comes first again: optimizers' state goes by the order of the parameters
         for name in list(module._parameters)[:-1]:
