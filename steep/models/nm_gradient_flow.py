@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from steep._layers import WEIGHTED, Layers, choose_layers, find_layers
 from steep.method import Method, Paper, choice, uniform
+from steep.models._handle import ParametrizedWeights
 from steep.utils.validation import require
 
 SCHEDULES = (
@@ -174,57 +174,33 @@ class Gate(nn.Module):
         self.gate.copy_(keep).clamp_(min=phase.decay)
 
 
-class NMSparsity:
+class NMSparsity(ParametrizedWeights):
     """Handle of the N:M sparsity of a model; made by `apply_nm_gradient_flow`.
 
     Its state (masks, steps taken) is in ``model.state_dict()``.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module], schedule: Schedule, flow: str, sr_decay: float):
+        super().__init__(layers, lambda weight: Gate(weight, flow, sr_decay))
         self.model, self.schedule = model, schedule
-        self.layers: dict[str, Any] = dict(layers)
-        for module in self.layers.values():
-            parametrize.register_parametrization(module, "weight", Gate(module.weight, flow, sr_decay))
         self._enter(0)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps taken, or -1 once the sparsity was removed or merged."""
-        return next((int(module.parametrizations.weight[0].steps) for module in self.layers.values()), -1)
 
     @property
     def phase(self) -> Phase:
         """What is in force now."""
         return self.schedule(self.steps)
 
-    def step(self) -> None:
-        """Advance the schedule and renew the masks; call once after each optimizer step."""
-        self._enter(self.steps + 1)
-
-    def _enter(self, t: int) -> None:
+    def _enter(self, steps: int) -> None:
         frozen = self.schedule.kind == "static" and self.steps >= self.schedule.start
-        for module in self.layers.values():
-            gate = module.parametrizations.weight[0]
-            gate.steps.fill_(t)
-            if not frozen:
-                gate.refresh(module.parametrizations.weight.original, self.schedule(t))
-
-    def remove(self) -> None:
-        """Give the model its dense latent weights back; the parameters remain those the optimizer knows."""
-        self._leave(merged=False)
+        super()._enter(steps)
+        if not frozen:
+            for weight in self._latent():
+                weight[0].refresh(weight.original, self.schedule(steps))
 
     def merge(self) -> None:
         """Write the weights of the final phase, strict zeros included, and leave ordinary layers."""
         self._enter(max(self.steps, self.schedule.end))
-        self._leave(merged=True)
-
-    def _leave(self, merged: bool) -> None:
-        for module in self.layers.values():
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
-            bias = module.bias
-            del module.bias
-            module.bias = bias  # behind the weight again: optimizers' state goes by the order of the parameters
-        self.layers.clear()
+        super().merge()
 
     def sparsity_report(self) -> dict[str, float]:
         """Share of exact zeros in each sparse layer's weight; under "total", theirs in all the model's parameters."""
@@ -337,11 +313,9 @@ def _select(model: nn.Module, layers: Layers, group: int) -> dict[str, nn.Module
         f"{group} divide, except the last Linear"
     )
     chosen = choose_layers(layers, found, default=divisible, description=description)
-    for name, module in chosen.items():
+    for name in chosen:
         if sizes[name] % group:
             raise ValueError(f"layer {name!r}: its {sizes[name]} inputs per output are no multiple of {group}")
-        if parametrize.is_parametrized(module, "weight"):
-            raise ValueError(f"layer {name!r}: its weight is parametrized already; remove that first")
     return chosen
 
 

@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from steep._layers import WEIGHTED, find_layers, is_called, matching
 from steep.method import Method, Paper, uniform
+from steep.models._handle import ParametrizedWeights
 from steep.models._signs import EDE, FDA, STE, ApproxSign, EstimatedSign, Estimator, ReSTE, sign
 from steep.utils.validation import nearest, require
 
@@ -62,10 +62,6 @@ class Sign(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return EstimatedSign.apply(z, self.sharpness, self.estimator)
-
-    def enter(self, steps: int, total: int) -> None:
-        self.steps.fill_(steps)
-        self.sharpness.fill_(self.estimator.at(min(1.0, steps / total)))
 
 
 class ScaledSign(Sign):
@@ -106,51 +102,42 @@ def _sign_of_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
     return (sign(inputs[0]), *inputs[1:])
 
 
-class Binarization:
-    """Handle of a model's binary layers; made by `apply_reste`. Its state is in ``model.state_dict()``."""
+class Binarization(ParametrizedWeights):
+    """Handle of a model's binary layers; made by `apply_reste`. Its state is in ``model.state_dict()``.
+
+    `step` sharpens the estimator and clips the latent weights. `merge` writes the binary weights, each plus or minus
+    one number per layer; where activations are binary, the layers go on taking the signs of their inputs, by a hook
+    without state.
+    """
 
     def __init__(
         self, layers: dict[str, nn.Module], bits: str, estimator: Estimator, total_steps: int, clip: float | None
     ):
-        self.layers: dict[str, Any] = dict(layers)
+        super().__init__(layers, None if bits.startswith("32W") else lambda weight: ScaledSign(estimator, weight))
         self.estimator, self.total_steps, self.clip = estimator, total_steps, clip
-        self.weights, self.activations = not bits.startswith("32W"), bits.endswith("1A")
-        self.hooks = []
-        for name, module in self.layers.items():
-            weight = module.weight
-            if self.weights:
-                parametrize.register_parametrization(module, "weight", ScaledSign(estimator, weight))
-            if self.activations:
-                module.input_sign = InputSign(estimator, weight, name)
+        self.activations, self.hooks = bits.endswith("1A"), []
+        if self.activations:
+            for name, module in self.layers.items():
+                module.input_sign = InputSign(estimator, module.weight, name)
                 self.hooks.append(module.register_forward_pre_hook(_binarize_input))
 
-    def _signs(self) -> Iterator[Sign]:
-        for module in self.layers.values():
-            if self.weights:
-                yield module.parametrizations.weight[0]
-            if self.activations:
-                yield module.input_sign
-
-    def _latent(self) -> list[Any]:
-        """The parametrizations that hold latent weights."""
-        return [module.parametrizations.weight for module in self.layers.values()] if self.weights else []
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps taken, or -1 once the model was restored or merged."""
-        return next((int(s.steps) for s in self._signs()), -1)
+    def _scheduled(self) -> Iterator[Sign]:
+        yield from super()._scheduled()
+        if self.activations:
+            yield from (module.input_sign for module in self.layers.values())
 
     @property
     def sharpness(self) -> float:
         """The estimator's sharpness now: o for ReSTE."""
-        return self.estimator.at(min(1.0, max(0, self.steps) / self.total_steps))
+        return self._sharpness(max(0, self.steps))
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Advance the estimator, and clip the latent weights; call once after each optimizer step."""
-        steps = self.steps + 1
-        for part in self._signs():
-            part.enter(steps, self.total_steps)
+    def _sharpness(self, steps: int) -> float:
+        return self.estimator.at(min(1.0, steps / self.total_steps))
+
+    def _enter(self, steps: int) -> None:
+        super()._enter(steps)
+        for part in self._scheduled():
+            part.sharpness.fill_(self._sharpness(steps))
         if self.clip is not None:
             for weight in self._latent():
                 weight.original.clamp_(-self.clip, self.clip)
@@ -180,33 +167,15 @@ class Binarization:
         require("number of binary weights", len(found), bool(found), "positive")
         return found
 
-    def remove(self) -> None:
-        """Give the model its latent weights and real activations back; parameters remain those the optimizer knows."""
-        self._leave(merged=False)
-
-    def merge(self) -> None:
-        """Write the binary weights, each plus or minus one number per layer, and leave ordinary layers.
-
-        Where activations are binary, the layers go on taking the signs of their inputs, by a hook without state.
-        """
-        self._leave(merged=True)
-
     def _leave(self, merged: bool) -> None:
         for hook in self.hooks:
             hook.remove()
-        for module in self.layers.values():
-            if self.weights:
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
-                bias = module.bias
-                del module.bias
-                module.register_parameter(
-                    "bias", bias
-                )  # behind the weight again: optimizers' state goes by the order of the parameters
-            if self.activations:
+        if self.activations:
+            for module in self.layers.values():
                 del module.input_sign
                 if merged:
                     module.register_forward_pre_hook(_sign_of_input)
-        self.layers.clear()
+        super()._leave(merged)
 
     def __repr__(self) -> str:
         bits = f"{1 if self.weights else 32}W{1 if self.activations else 32}A"
@@ -299,8 +268,8 @@ def _select(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Module]:
     if not chosen:
         raise ValueError(f"skip={skip!r} leaves none of the layers {names} to be made binary")
     for name, module in chosen.items():
-        if parametrize.is_parametrized(module, "weight") or hasattr(module, "input_sign"):
-            raise ValueError(f"layer {name!r}: it is binary or its weight parametrized already; remove that first")
+        if hasattr(module, "input_sign"):
+            raise ValueError(f"layer {name!r}: its inputs are binary already; remove that first")
     return chosen
 
 

@@ -1,0 +1,223 @@
+"""The contract of handles: checks for every method that changes a model in place, ours and anybody's.
+
+``method.make(model, ...)`` returns a handle with `remove`, `merge` and, if it follows a schedule, `step`. The settings
+that are checked are the defaults and the method's `preset`; ``dataclasses.replace(method, preset=...)`` checks others.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from steep.method import Method
+
+STEPS = 6
+
+ARGUMENTS: dict[str, Callable[[], Any]] = {
+    "total_steps": lambda: STEPS,
+    "steps_per_epoch": lambda: 2,
+    "num_examples": lambda: 8,
+    "generator": lambda: torch.Generator().manual_seed(0),
+}
+"""What is given for the arguments without a default, by name."""
+
+
+def models(seed: int = 0) -> list[nn.Sequential]:
+    """Networks from (B, 64) to (B, 3) with four weighted layers each, two of them without biases."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [build(bias) for build in (_linear, _convolutional) for bias in (True, False)]
+
+
+def _linear(bias: bool) -> nn.Sequential:
+    hidden = (m for _ in range(3) for m in (nn.Linear(64, 64, bias), nn.Tanh()))
+    return nn.Sequential(*hidden, nn.Linear(64, 3, bias))
+
+
+def _convolutional(bias: bool) -> nn.Sequential:
+    hidden = (m for _ in range(3) for m in (nn.Conv1d(64, 64, 3, padding=1, bias=bias), nn.Tanh()))
+    return nn.Sequential(nn.Unflatten(1, (64, 1)), *hidden, nn.Flatten(), nn.Linear(64, 3, bias))
+
+
+def apply(method: Method, model: nn.Module) -> Any:
+    """The method's handle of a model."""
+    _, *others = inspect.signature(method.make).parameters.values()
+    required = [p.name for p in others if p.default is inspect.Parameter.empty]
+    return method.make(model, **{name: ARGUMENTS[name]() for name in required}, **method.preset)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train(model: nn.Module, handle: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Steps `first` to `last` of least squares, on batches that depend on the step alone."""
+    for t in range(first, last):
+        numbers = torch.Generator().manual_seed(t)
+        x, y = torch.randn(8, 64, generator=numbers), torch.randn(8, 3, generator=numbers)
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        if hasattr(handle, "step"):
+            handle.step()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module) -> Tensor:
+    return model.eval()(torch.randn(8, 64, generator=torch.Generator().manual_seed(99)))
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states have the same names, in the same order, and are equal bit for bit."""
+    return list(a) == list(b) and all(map(torch.equal, a.values(), b.values()))
+
+
+def structure(model: nn.Module) -> list[Any]:
+    """Types of the modules, and the names of what they own, in order."""
+    return [(type(m), list(m._parameters), list(m._buffers), list(m._modules)) for m in model.modules()]
+
+
+def refused(method: Method, model: nn.Module) -> bool:
+    try:
+        apply(method, model)
+    except ValueError:
+        return True
+    return False
+
+
+def remove_gives_the_dense_model_back(method: Method) -> None:
+    for model, plain in zip(models(), models(), strict=True):
+        before, parameters = structure(model), list(model.parameters())
+        apply(method, model).remove()
+        assert same(model.state_dict(), plain.state_dict()), "remove() does not undo what applying did"
+        optimizer = optimizer_of(model)
+        handle = apply(method, model)
+        train(model, handle, optimizer, 0, STEPS)
+        trained = [p.detach().clone() for p in parameters]
+        handle.remove()
+        assert list(map(id, model.parameters())) == list(map(id, parameters)), (
+            "remove() leaves other parameters than before, or in another order"
+        )
+        assert all(map(torch.equal, parameters, trained)), "remove() changes the weights that were trained"
+        assert structure(model) == before, "remove() leaves other modules than before"
+        plain.load_state_dict(model.state_dict())
+        assert torch.equal(outputs(model), outputs(plain)), "after remove() the model computes something else"
+
+
+def merge_leaves_plain_modules_that_compute_the_same(method: Method) -> None:
+    for model in models():
+        before, parameters = structure(model), list(model.parameters())
+        handle = apply(method, model)
+        train(model, handle, optimizer_of(model), 0, STEPS)
+        expected = outputs(model)
+        handle.merge()
+        assert torch.equal(outputs(model), expected), "merge() changes the outputs"
+        assert structure(model) == before, "merge() leaves other modules than before"
+        assert list(map(id, model.parameters())) == list(map(id, parameters)), "merge() leaves other parameters"
+        copied = pickle.loads(pickle.dumps(model))
+        assert torch.equal(outputs(copied), expected), "a merged model computes something else once pickled"
+
+
+def does_nothing_once_it_is_gone(method: Method) -> None:
+    for leave in ("remove", "merge"):
+        for model in models():
+            handle = apply(method, model)
+            train(model, handle, optimizer_of(model), 0, STEPS)
+            getattr(handle, leave)()
+            before = snapshot(model)
+            for call in ("remove", "step", "merge"):
+                getattr(handle, call, lambda: None)()
+            assert same(model.state_dict(), before), f"changes the model after {leave}()"
+
+
+def state_survives_saving(method: Method) -> None:
+    for whole, first, second in zip(models(), models(), models(seed=1), strict=True):
+        train(whole, apply(method, whole), optimizer_of(whole), 0, STEPS)
+        handle, optimizer = apply(method, first), optimizer_of(first)
+        train(first, handle, optimizer, 0, STEPS // 2)
+        file = io.BytesIO()
+        torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        handle, optimizer = apply(method, second), optimizer_of(second)
+        second.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        train(second, handle, optimizer, STEPS // 2, STEPS)
+        assert same(whole.state_dict(), second.state_dict()), "goes on differently after saving and loading"
+
+
+def copies_are_independent(method: Method) -> None:
+    for model in models():
+        handle = apply(method, model)
+        train(model, handle, optimizer_of(model), 0, 2)
+        other, other_handle = copy.deepcopy((model, handle))
+        before = snapshot(model)
+        train(other, other_handle, optimizer_of(other), 2, STEPS)
+        assert same(model.state_dict(), before), "training a deep copy changes the original"
+        train(model, handle, optimizer_of(model), 2, STEPS)
+        assert same(model.state_dict(), other.state_dict()), "a deep copy goes on differently"
+        expected = outputs(model)
+        other_handle.remove()
+        assert torch.equal(outputs(model), expected), "removing the method from a deep copy changes the original"
+
+
+def takes_optimizers_made_before_and_after(method: Method) -> None:
+    for model, other in zip(models(), models(), strict=True):
+        before = optimizer_of(model)
+        train(model, apply(method, model), before, 0, STEPS)
+        handle = apply(method, other)
+        train(other, handle, optimizer_of(other), 0, STEPS)
+        assert same(model.state_dict(), other.state_dict()), "an optimizer made before it trains something else"
+
+
+def refuses_a_second_handle(method: Method) -> None:
+    for model in models():
+        handle = apply(method, model)
+        before, expected, modules = snapshot(model), outputs(model), structure(model)
+        assert refused(method, model), "can be applied twice to the same model"
+        assert structure(model) == modules, "changes a model that it refuses"
+        assert same(model.state_dict(), before), "changes a model that it refuses"
+        assert torch.equal(outputs(model), expected), "changes a model that it refuses"
+        handle.remove()
+        apply(method, model)  # once it is removed it can be applied again
+
+
+def refuses_models_without_an_eligible_layer(method: Method) -> None:
+    assert refused(method, nn.Sequential(nn.Embedding(8, 8), nn.LayerNorm(8), nn.PReLU())), (
+        "accepts a model that has no layer for it"
+    )
+
+
+def changes_all_layers_or_none(method: Method) -> None:
+    for model in models():
+        layer = [m for m in model if hasattr(m, "weight")][2]
+        prune.identity(layer, "weight")  # torch refuses to parametrize it
+        before, modules = snapshot(model), structure(model)
+        if refused(method, model):
+            assert structure(model) == modules, "changes some layers before it refuses another"
+            assert same(model.state_dict(), before), "changes some layers before it refuses another"
+
+
+CHECKS = (
+    remove_gives_the_dense_model_back,
+    merge_leaves_plain_modules_that_compute_the_same,
+    does_nothing_once_it_is_gone,
+    state_survives_saving,
+    copies_are_independent,
+    takes_optimizers_made_before_and_after,
+    refuses_a_second_handle,
+    refuses_models_without_an_eligible_layer,
+    changes_all_layers_or_none,
+)
