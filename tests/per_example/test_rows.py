@@ -65,7 +65,12 @@ def test_stacked_passes_are_one_batch(name, chunks):
     zoo.check(stack, both)
     zoo.same(stack.gram(other), both @ k.T)
     zoo.same(other.gram(stack), k @ both.T)
-    zoo.check(Rows.stack([stack, one]), torch.cat([both, j]))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_a_stack_can_be_stacked(name):
+    (one, j), (other, k) = passes(name)
+    zoo.check(Rows.stack([Rows.stack([one, other]), one]), torch.cat([j, k, j]))
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

@@ -430,10 +430,10 @@ def attention_frozen_in_part():
 
 @entry
 def attention_with_computed_weights():
-    a, b = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+    a, b = (nn.MultiheadAttention(4, 2, batch_first=True) for _ in range(2))
     nn.utils.weight_norm(a, "in_proj_weight")
     weight_norm(b.out_proj)
-    return Apply(lambda m, x: m.b(*3 * (m.a(x, x, x)[0],))[0], a=a, b=b), images(3, 8)
+    return Apply(lambda m, x: m.b(*3 * (m.a(x, x, x)[0],))[0], a=a, b=b), images(3, 4)
 
 
 @entry
@@ -455,8 +455,8 @@ def attention_without_batch_dimension():
 def attention_with_keys_of_its_own():
     return Apply(
         lambda m, x: m.attention(x, x, x)[0],
-        attention=nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
-    ), images(4, 8)
+        attention=nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True, batch_first=True),
+    ), images(3, 4)
 
 
 @entry
@@ -472,7 +472,7 @@ def encoder_layer():
 
 @entry
 def dropout_in_attention():
-    return nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True), images(4, 8)
+    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.3, batch_first=True), images(3, 4)
 
 
 @entry
@@ -546,7 +546,7 @@ def lstm_with_projected_states():
 
 @entry
 def dropout_between_recurrent_layers():
-    return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 4, 2, batch_first=True, dropout=0.3)), images(3, 3)
+    return Apply(lambda m, x: m.lstm(x)[0], lstm=nn.LSTM(3, 2, 2, batch_first=True, dropout=0.3)), images(3, 3)
 
 
 @entry
@@ -555,19 +555,19 @@ def packed_sequences():
         packed = nn.utils.rnn.pack_padded_sequence(*given, batch_first=True, enforce_sorted=False)
         return nn.utils.rnn.pad_packed_sequence(m.gru(packed)[0], True)[0]
 
-    return Apply(padded, gru=nn.GRU(3, 4, batch_first=True)), (images(4, 3), torch.tensor([2, 4, 1, 3, 4]))
+    return Apply(padded, gru=nn.GRU(3, 2, batch_first=True)), (images(4, 3), torch.tensor([2, 4, 1, 3, 4]))
 
 
 @entry
 def cells():
     def steps(m, x):
-        h, (a, c) = x.new_zeros(len(x), 4), (x.new_zeros(len(x), 4),) * 2
+        h, (a, c) = x.new_zeros(len(x), 2), (x.new_zeros(len(x), 2),) * 2
         for one in x.unbind(1):
             h = m.gru(one, h)
             a, c = m.lstm(h, (a, c))
         return a
 
-    return Apply(steps, gru=nn.GRUCell(3, 4), lstm=nn.LSTMCell(4, 4)), images(3, 3)
+    return Apply(steps, gru=nn.GRUCell(3, 2), lstm=nn.LSTMCell(2, 2)), images(3, 3)
 
 
 @entry
