@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from steep._discovery import files
+from steep.apply import BY_COMPONENT, sgd
 from steep.recipe import Recipe
 from steep.requires import REQUIREMENTS
 from steep.utils.validation import nearest
-from steep.ways import WAYS, sgd
 
 PACKAGES = ("data", "models", "losses", "backward", "optim", "rounds", "sampling", "solvers", "probes", "systems")
 
@@ -82,7 +82,7 @@ class Method:
         changes: the component, and so the package: "optim", "backward", "losses", ...; "systems" for compositions.
         make: the class or function whose keyword arguments are the hyper-parameters.
         apply: ``apply(recipe, **hyper) -> recipe``, where the component's own way into a recipe will not do (see
-            `steep.ways`). Solvers, samplers and probes have none and are no arms of `compare`.
+            `steep.apply`). Solvers, samplers and probes have none and are no arms of `compare`.
         sgd_lr: for rules whose gradient is the step itself: plain SGD follows, with this learning rate by default.
         preset: defaults in a recipe, where they differ from those of `make`.
         search_space: ranges to tune over, by hyper-parameter; the published defaults are always tried first.
@@ -139,7 +139,7 @@ class Method:
     @property
     def is_arm(self) -> bool:
         """Whether there is a way for it into a recipe, so that `compare` can have it as an arm."""
-        return self.apply is not None or self.changes in WAYS
+        return self.apply is not None or self.changes in BY_COMPONENT
 
     def __call__(self, recipe: Recipe, **hyper: Any) -> Recipe:
         """The recipe with this method in it.
@@ -162,7 +162,7 @@ class Method:
             return self.apply(recipe, **hyper)
         if self.sgd_lr is not None:
             recipe = sgd(recipe, hyper.pop("lr", self.sgd_lr))
-        return WAYS[self.changes](recipe, self.make, **hyper)
+        return BY_COMPONENT[self.changes](recipe, self.make, **hyper)
 
 
 def _wrong_type(value: Any, default: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import steep
-from steep.ways import FACTS, WAYS
+from steep.apply import BY_COMPONENT, FACTS
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def test_the_readme_is_one_screen_and_names_real_methods_and_commands():
 
 def test_contributing_names_every_way_into_a_recipe_and_every_fact_of_a_run():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \| `make\(", text, re.MULTILINE) == list(WAYS)
+    assert re.findall(r"^\| `(\w+)` \| `make\(", text, re.MULTILINE) == list(BY_COMPONENT)
     assert set(re.findall(r"`(\w+)`", text.split("filled in by name:")[1].split("The other four")[0])) == set(FACTS)
 
 

@@ -1,4 +1,4 @@
-"""Methods: their entries, their ways into a recipe, how they are found, and what their packages export."""
+"""Methods: their entries, how they are applied to a recipe, how they are found, and what their packages export."""
 
 import subprocess
 import sys
@@ -106,7 +106,7 @@ def test_compose_refuses_two_that_replace_the_same_component(regression):
     assert steep.compose(regression, [(one, {}), (wrapping, {})]).name == "regression12"
 
 
-# ---- ways into a recipe
+# ---- application to a recipe
 
 
 class Rule:

@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep._layers import find_layers
+from steep.apply import handle
 from steep.method import Method, Paper, log_uniform
 from steep.per_example.convolution import pad
 from steep.utils.validation import check_ranges, require
-from steep.ways import handle
 
 CHUNK = 2**22
 """Elements of patches that are unfolded at a time."""

@@ -1,4 +1,4 @@
-"""How a method enters a recipe: one way for each component, unless a method's entry has a way of its own.
+"""How a method is applied to a recipe: one function per component, unless the method's entry has its own `apply`.
 
 Hyper-parameters are the caller's. Everything else that a method's constructor requires is filled in by name, with what
 is known once a run has started: ``num_examples``, ``total_steps``, ``steps_per_epoch``, ``clients``, ``generator``, the
@@ -89,7 +89,7 @@ def sgd(recipe: Recipe, lr: float) -> Recipe:
     return recipe.replace(optimizer=partial(torch.optim.SGD, lr=lr))
 
 
-WAYS: dict[str, Callable[..., Recipe]] = {
+BY_COMPONENT: dict[str, Callable[..., Recipe]] = {
     "optim": optimizer,
     "backward": rule,
     "losses": loss,
