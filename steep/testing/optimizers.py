@@ -109,7 +109,7 @@ def copies_and_groups(method: Method) -> None:
     grads([p for group in clone.param_groups for p in group["params"]], 5)
     clone.step()
     assert all(map(torch.equal, moved, parameters)), "its deep copy moves the original's parameters"
-    moved_little = max(float((p.detach() - q).abs().max()) for p, q in zip(parameters[2:], some()[2:], strict=True))
+    moved_little = max(float((p - q).detach().abs().max()) for p, q in zip(parameters[2:], some()[2:], strict=True))
     assert moved_little < 1e-3, "ignores a group's own learning rate"
 
 
