@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import steep
-from steep.models.nm_gradient_flow import SCHEDULES, Phase, Schedule, apply_nm_gradient_flow, method, top_n
+from steep.models.nm_gradient_flow import SCHEDULES, Phase, _Schedule, _top_n, apply_nm_gradient_flow, method
 from steep.testing import handles
 
 SPARSE_SCHEDULES = [s for s in SCHEDULES if s != "dense"]
@@ -144,7 +144,7 @@ def test_ten_steps_equal_numpy_written_from_the_formula(schedule, flow):
 @pytest.mark.parametrize("values", ["real", "tied", "zero"])
 def test_mask_keeps_the_n_largest_and_the_earlier_of_equals(n, m, values):
     size = {"real": random(4, 64), "tied": random(4, 64).mul(2).round(), "zero": torch.zeros(4, 64)}[values].abs()
-    mask = top_n(size.reshape(-1, m), n).view(4, 64)
+    mask = _top_n(size.reshape(-1, m), n).view(4, 64)
     assert torch.equal(mask.double(), torch.from_numpy(reference_mask(size.numpy(), n, m)))
 
 
@@ -154,30 +154,30 @@ def test_ties_of_rounded_weights_are_resolved_row_by_row():
     assert 5 < tied.sum() < 100
     for n in range(1, 9):
         expected = reference_mask(size.double().numpy(), n, 8)
-        assert torch.equal(top_n(size, n).double(), torch.from_numpy(expected))
+        assert torch.equal(_top_n(size, n).double(), torch.from_numpy(expected))
 
 
 def test_mask_of_non_finite_weights_has_n_per_group():
     size = random(6, 8).abs()
     size[0, 3] = size[1, :4] = float("nan")
     size[2, 5] = size[3, :4] = float("inf")
-    assert (top_n(size, 1).sum(1) == 1).all()
-    assert (top_n(size, 2).sum(1) == 2).all()
-    assert top_n(size, 1)[2, 5]
+    assert (_top_n(size, 1).sum(1) == 1).all()
+    assert (_top_n(size, 2).sum(1) == 2).all()
+    assert _top_n(size, 1)[2, 5]
 
 
 def test_mask_does_not_change_when_a_group_is_rescaled():
     size = random(40, 8, seed=5).abs()
     scale = random(40, 1, seed=6).exp()
     for n in (1, 2, 4, 7):
-        assert torch.equal(top_n(size * scale, n), top_n(size, n))
+        assert torch.equal(_top_n(size * scale, n), _top_n(size, n))
 
 
 # -- schedules ----------------------------------------------------------------------------------------------------
 
 
 def stages(kind, n, m):
-    return Schedule(kind, n, m, 0, 1, 1.0).stages
+    return _Schedule(kind, n, m, 0, 1, 1.0).stages
 
 
 def test_stages_of_structure_decay():
@@ -191,7 +191,7 @@ def test_stages_of_structure_decay():
 
 
 def test_structure_decay_gives_every_stage_the_same_time():
-    schedule = Schedule("structure-decay-stepwise", 1, 16, start=10, end=60, rate=1.0)
+    schedule = _Schedule("structure-decay-stepwise", 1, 16, start=10, end=60, rate=1.0)
     patterns = [schedule(t)[:2] for t in range(70)]
     expected = [(16, 16)] * 10 + [p for p in schedule.stages for _ in range(10)] + [(1, 16)] * 10
     assert patterns == expected
@@ -199,8 +199,8 @@ def test_structure_decay_gives_every_stage_the_same_time():
 
 
 def test_mask_decay_follows_its_formula_between_dense_phase_and_fine_tuning():
-    exponential = Schedule("mask-decay-exponential", 1, 8, start=5, end=50, rate=0.03)
-    linear = Schedule("mask-decay-linear", 1, 8, start=5, end=50, rate=0.03)
+    exponential = _Schedule("mask-decay-exponential", 1, 8, start=5, end=50, rate=0.03)
+    linear = _Schedule("mask-decay-linear", 1, 8, start=5, end=50, rate=0.03)
     assert exponential(4) == linear(4) == Phase(8, 8, 0.0)
     assert exponential(5) == linear(5) == Phase(1, 8, 1.0)
     assert exponential(25).decay == pytest.approx(math.exp(-0.6))
