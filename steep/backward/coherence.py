@@ -91,22 +91,22 @@ class CoherentGradient:
         check_vector("CoherentGradient", losses)
         self._warn(len(losses))
         rows = self.engine.rows(losses)
-        found = {"winsorized": self._winsorized, "median-of-3": median_of_3, "rolling": self._rolling}[self.average](
+        found = {"winsorized": self._winsorized, "median-of-3": _median_of_3, "rolling": self._rolling}[self.average](
             rows, len(losses)
         )
         rows.fill(lambda: [scale * found[name] if name in found else None for name in rows.names.values()])
 
     def _winsorized(self, rows: Rows, size: int) -> Gradients:
-        if clipped(self.clip, size) == 0:
-            return mean(rows, range(size), size)
-        return _named(rows, rows.columnwise(partial(winsorized_mean, clip=self.clip)))
+        if _clipped(self.clip, size) == 0:
+            return _mean(rows, range(size), size)
+        return _named(rows, rows.columnwise(partial(_winsorized_mean, clip=self.clip)))
 
     def _rolling(self, rows: Rows, size: int) -> Gradients:
-        self.recent = [*self.recent[-2:], mean(rows, range(size), size)]
-        return median(self.recent)
+        self.recent = [*self.recent[-2:], _mean(rows, range(size), size)]
+        return _median(self.recent)
 
     def _warn(self, size: int) -> None:
-        if self._first and self.average == "winsorized" and self.clip > 0 and clipped(self.clip, size) == 0:
+        if self._first and self.average == "winsorized" and self.clip > 0 and _clipped(self.clip, size) == 0:
             warnings.warn(
                 f"clip={self.clip} clips none of {size} examples, so this is the plain mean: use clip >= "
                 f"{min(0.5, 1 / size):.2g} or larger batches",
@@ -127,14 +127,14 @@ class CoherentGradient:
         return f"CoherentGradient(average={self.average!r}, clip={self.clip})"
 
 
-def clipped(clip: float, size: int) -> int:
+def _clipped(clip: float, size: int) -> int:
     """Examples clipped at either end of `size`; at least one or two are left between."""
     return min(round(clip * size), (size - 1) // 2)
 
 
-def winsorized_mean(j: Tensor, clip: float) -> Tensor:
+def _winsorized_mean(j: Tensor, clip: float) -> Tensor:
     """Means of the columns of j, (B, n), with the share `clip` of them at either end clipped; (n,)."""
-    size, k = len(j), clipped(clip, len(j))
+    size, k = len(j), _clipped(clip, len(j))
     ordered = _sorted(j.T.contiguous())
     ends = ordered[:, k] + ordered[:, size - 1 - k]
     return (ordered[:, k : size - k].sum(1) + k * ends) / size + 0 * (ordered[:, 0] + ordered[:, -1])  # NaN stays NaN
@@ -147,23 +147,24 @@ def _sorted(t: Tensor) -> Tensor:
     return t.sort().values
 
 
-def median(means: list[Gradients]) -> Gradients:
+def _median(means: list[Gradients]) -> Gradients:
     """Medians of each coordinate of the last of `means` and of those others that have it."""
     newest = means[-1]
     alike = {name: [m[name] for m in means if name in m and m[name].shape == g.shape] for name, g in newest.items()}
     return {
-        name: winsorized_mean(torch.stack(found).flatten(1), 0.5).view_as(newest[name]) for name, found in alike.items()
+        name: _winsorized_mean(torch.stack(found).flatten(1), 0.5).view_as(newest[name])
+        for name, found in alike.items()
     }
 
 
-def median_of_3(rows: Rows, size: int) -> Gradients:
+def _median_of_3(rows: Rows, size: int) -> Gradients:
     """Medians of the means of three parts of the batch, as equal as possible."""
     bounds = [size * part // 3 for part in range(4)]
     parts = [range(start, stop) for start, stop in pairwise(bounds) if stop > start]
-    return median([mean(rows, part, size) for part in parts])
+    return _median([_mean(rows, part, size) for part in parts])
 
 
-def mean(rows: Rows, examples: range, size: int) -> Gradients:
+def _mean(rows: Rows, examples: range, size: int) -> Gradients:
     """Mean gradient of some of the examples, by the parameters' names."""
     w = torch.zeros(size, dtype=torch.float64, device=rows.params[0].device)
     w[examples.start : examples.stop] = 1 / len(examples)
@@ -215,12 +216,12 @@ def m_coherence(
     require("number of batches", len(squares), len(squares) > 0, "positive")
     together = defaultdict[str, float](float)
     for name, g in sums.items():
-        together[layer_of(name)] += g.square().sum().item()
+        together[_layer_of(name)] += g.square().sum().item()
     ratios = {layer: _ratio(together[layer], square) for layer, square in squares.items()}
     return ratios | {"total": _ratio(sum(together.values()), sum(squares.values()))}
 
 
-def layer_of(name: str) -> str:
+def _layer_of(name: str) -> str:
     """Name of the module that a parameter belongs to."""
     return name.rpartition(".")[0]
 

@@ -166,11 +166,11 @@ class _Taught(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             with torch.autocast(g.device.type, enabled=False):
                 precise = torch.promote_types(ctx.dtype, torch.float32)
-                found = weight_gradient(ctx.layer, x.to(precise), g.to(precise), ctx.lam, less=ctx.attached)
+                found = _weight_gradient(ctx.layer, x.to(precise), g.to(precise), ctx.lam, less=ctx.attached)
         return g, None if found is None else found.to(ctx.dtype), None, None, None, None
 
 
-def weight_gradient(layer: Any, x: Tensor, g: Tensor, lam: float, *, less: bool = False) -> Tensor:
+def _weight_gradient(layer: Any, x: Tensor, g: Tensor, lam: float, *, less: bool = False) -> Tensor:
     """The gradient of a Linear's or convolution's weight, in the shape of the weight.
 
     Args:
@@ -209,10 +209,10 @@ def _rows(layer: Any, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(layer, nn.Linear):
         return x[None], g[None]
     d = g.flatten(2).unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return patches(layer, x), d
+    return _patches(layer, x), d
 
 
-def patches(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
+def _patches(layer: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     """What each output position sees of x, (N, c, *extents): (groups, N * positions, c / groups * kernel).
 
     Rows are in the order of examples, then positions; columns in that of the weight's.

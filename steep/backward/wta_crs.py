@@ -115,7 +115,7 @@ class WTACRS:
         self._indices: Tensor | None = None
         self.layers = _select(model, layers)
         for module in self.layers.values():
-            module.__class__, module.site = SampledLinear, Site(self)
+            module.__class__, module.site = _SampledLinear, _Site(self)
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
         """Add the gradient of the mean loss, times `scale`, to ``.grad``; losses of shape (B,) or 0-d."""
@@ -171,16 +171,16 @@ def _select(model: nn.Module, layers: Layers) -> dict[str, Any]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a Linear layer, or a copy of a sampled one; what derives from it has a forward of its own."""
-    return type(module) is nn.Linear or (isinstance(module, SampledLinear) and module.site is None)
+    return type(module) is nn.Linear or (isinstance(module, _SampledLinear) and module.site is None)
 
 
 # ---- the layer
 
 
-class SampledLinear(nn.Linear):
+class _SampledLinear(nn.Linear):
     """A linear layer that keeps some rows of its input for its weight's gradient; one without a `site` is exact."""
 
-    site: Site | None
+    site: _Site | None
 
     def forward(self, input: Tensor) -> Tensor:
         sampled = self.site is not None and self.training and torch.is_grad_enabled() and self.weight.requires_grad
@@ -190,7 +190,7 @@ class SampledLinear(nn.Linear):
         return _Sampled.apply(input, self.weight, self.bias, self.site)
 
 
-class Site:
+class _Site:
     """A sampled layer's rule, and the norms of the gradients of its outputs: (N, positions), negative if unseen."""
 
     def __init__(self, rule: WTACRS):
@@ -204,9 +204,9 @@ class Site:
         k, rule = self.rule.kept(len(h)), self.rule
         uniform = torch.rand(k, dtype=torch.float64, generator=rule.generator).to(h.device)
         if rule.estimator == "uniform":
-            return choose(torch.ones(len(h), dtype=torch.float64, device=h.device), uniform, "crs")
+            return _choose(torch.ones(len(h), dtype=torch.float64, device=h.device), uniform, "crs")
         seen = None if examples is None else self.recall(examples, len(h) // len(examples)).to(h.device)
-        return choose(weights(h, seen, rule.floor), uniform, rule.estimator)
+        return _choose(_weights(h, seen, rule.floor), uniform, rule.estimator)
 
     def recall(self, examples: Tensor, positions: int) -> Tensor:
         """What is remembered of the rows of some examples, (B * positions,)."""
@@ -238,7 +238,7 @@ class _Sampled(torch.autograd.Function):
     """h W^T + b, (..., in) to (..., out), whose weight gradient comes from chosen rows of h."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, site: Site) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, site: _Site) -> Tensor:
         z, flat, examples = F.linear(h, weight, bias), h.reshape(-1, h.shape[-1]), site.rule.indices
         if examples is not None and (not len(examples) or len(flat) % len(examples)):
             examples = None  # not rows of these examples
@@ -265,7 +265,7 @@ class _Sampled(torch.autograd.Function):
 # ---- the estimator
 
 
-def weights(h: Tensor, seen: Tensor | None, floor: float = 0.0) -> Tensor:
+def _weights(h: Tensor, seen: Tensor | None, floor: float = 0.0) -> Tensor:
     """Weights w of rows to draw from, not negative and finite; (m,), float64.
 
     Args:
@@ -290,7 +290,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor, Tensor]:
+def _choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor, Tensor]:
     """Rows j and factors f such that ``sum_j f_j x_j`` estimates ``sum_i x_i``, without bias if x_i = 0 where w_i = 0.
 
     Args:
@@ -302,7 +302,7 @@ def choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor, 
         rows and factors, (k,) each: the |C| largest by their weight with factor 1, then those drawn.
     """
     top, slots = w.topk(len(uniform)), torch.arange(len(uniform), device=w.device)
-    wins = slots < winners(top.values, w.index_fill(0, top.indices, 0.0).sum(), estimator)
+    wins = slots < _winners(top.values, w.index_fill(0, top.indices, 0.0).sum(), estimator)
     others = w.index_put((top.indices,), torch.where(wins, 0.0, top.values))
     sums = others.cumsum(0)
     drawn = torch.searchsorted(sums, uniform * sums[-1], right=True).clamp(max=len(w) - 1)
@@ -310,7 +310,7 @@ def choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor, 
     return index, torch.where(wins, 1.0, sums[-1] / (w[index] * (len(slots) - wins.sum())))
 
 
-def winners(top: Tensor, rest: Tensor, estimator: str = "wta") -> Tensor:
+def _winners(top: Tensor, rest: Tensor, estimator: str = "wta") -> Tensor:
     """|C|, 0-d; all k where nothing is left to draw, and the sum is exact.
 
     Args:

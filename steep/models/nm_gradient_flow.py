@@ -56,7 +56,7 @@ class Phase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class _Schedule:
     """The phase after t optimizer steps: dense before `start`, n:m with a binary mask from `end` on."""
 
     kind: str
@@ -93,7 +93,7 @@ class Schedule:
         return max(0.0, 1.0 - self.rate * t) if self.kind == "mask-decay-linear" else 0.0
 
 
-def top_n(size: Tensor, n: int) -> Tensor:
+def _top_n(size: Tensor, n: int) -> Tensor:
     """Mask of the n largest of each row, the earlier one where two are equal.
 
     Args:
@@ -152,7 +152,7 @@ class _Gated(torch.autograd.Function):
         return gradient, None, None, None
 
 
-class Gate(nn.Module):
+class _Gate(nn.Module):
     """Parametrization of one weight: multiplies it by G. The mask and the place in the schedule are buffers."""
 
     gate: Tensor
@@ -170,7 +170,7 @@ class Gate(nn.Module):
     def refresh(self, weight: Tensor, phase: Phase) -> None:
         """G for this phase from the latent weights, grouped over the last dimension of channels-last order."""
         size = weight.detach().abs().movedim(1, -1)
-        keep = top_n(size.reshape(-1, phase.m), phase.n).view(size.shape).movedim(-1, 1)
+        keep = _top_n(size.reshape(-1, phase.m), phase.n).view(size.shape).movedim(-1, 1)
         self.gate.copy_(keep).clamp_(min=phase.decay)
 
 
@@ -180,8 +180,8 @@ class NMSparsity(ParametrizedWeights):
     Its state (masks, steps taken) is in ``model.state_dict()``.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], schedule: Schedule, flow: str, sr_decay: float):
-        super().__init__(layers, lambda weight: Gate(weight, flow, sr_decay))
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], schedule: _Schedule, flow: str, sr_decay: float):
+        super().__init__(layers, lambda weight: _Gate(weight, flow, sr_decay))
         self.model, self.schedule = model, schedule
         self._enter(0)
 
@@ -292,7 +292,7 @@ def apply_nm_gradient_flow(
     require("rate", rate, rate is None or 0 < rate < math.inf, "positive and finite, or None")
     require("sr_decay", sr_decay, 0 <= sr_decay < math.inf, "finite and >= 0")
     start, end = round(dense_fraction * total_steps), total_steps - round(finetune_fraction * total_steps)
-    plan = Schedule(schedule, n, m, start, end, rate or _default_rate(schedule, end - start))
+    plan = _Schedule(schedule, n, m, start, end, rate or _default_rate(schedule, end - start))
     chosen = _select(model, layers, max(size for _, size in plan.stages))
     return NMSparsity(model, chosen, plan, flow, sr_decay)
 

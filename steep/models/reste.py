@@ -47,7 +47,7 @@ __all__ = ["EDE", "FDA", "STE", "ApproxSign", "Binarization", "Estimator", "ReST
 BITS = ("1W32A", "1W1A", "32W1A")
 
 
-class Sign(nn.Module):
+class _Sign(nn.Module):
     """The sign of a tensor; the estimator's place in its schedule is in buffers."""
 
     steps: Tensor
@@ -64,14 +64,14 @@ class Sign(nn.Module):
         return EstimatedSign.apply(z, self.sharpness, self.estimator)
 
 
-class ScaledSign(Sign):
+class _ScaledSign(_Sign):
     """Parametrization of a weight: sign times mean magnitude."""
 
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z) * z.abs().mean()
 
 
-class InputSign(Sign):
+class _InputSign(_Sign):
     """Sign of a layer's inputs; looks at the first batch, as inputs that are never negative have but one sign."""
 
     def __init__(self, estimator: Estimator, like: Tensor, layer: str):
@@ -113,15 +113,15 @@ class Binarization(ParametrizedWeights):
     def __init__(
         self, layers: dict[str, nn.Module], bits: str, estimator: Estimator, total_steps: int, clip: float | None
     ):
-        super().__init__(layers, None if bits.startswith("32W") else lambda weight: ScaledSign(estimator, weight))
+        super().__init__(layers, None if bits.startswith("32W") else lambda weight: _ScaledSign(estimator, weight))
         self.estimator, self.total_steps, self.clip = estimator, total_steps, clip
         self.activations, self.hooks = bits.endswith("1A"), []
         if self.activations:
             for name, module in self.layers.items():
-                module.input_sign = InputSign(estimator, module.weight, name)
+                module.input_sign = _InputSign(estimator, module.weight, name)
                 self.hooks.append(module.register_forward_pre_hook(_binarize_input))
 
-    def _scheduled(self) -> Iterator[Sign]:
+    def _scheduled(self) -> Iterator[_Sign]:
         yield from super()._scheduled()
         if self.activations:
             yield from (module.input_sign for module in self.layers.values())

@@ -210,12 +210,15 @@ def changes_all_layers_or_none(method: Method) -> None:
             assert same(model.state_dict(), before), "changes some layers before it refuses another"
 
 
-CHECKS = (
+DEPENDING_ON_SETTINGS = (
     remove_gives_the_dense_model_back,
     merge_leaves_plain_modules_that_compute_the_same,
-    does_nothing_once_it_is_gone,
     state_survives_saving,
     copies_are_independent,
+)
+CHECKS = (
+    *DEPENDING_ON_SETTINGS,
+    does_nothing_once_it_is_gone,
     takes_optimizers_made_before_and_after,
     refuses_a_second_handle,
     refuses_models_without_an_eligible_layer,

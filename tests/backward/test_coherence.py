@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steep.backward.coherence import AVERAGES, CoherentGradient, clipped, m_coherence, winsorized_mean
+from steep.backward.coherence import AVERAGES, CoherentGradient, _clipped, _winsorized_mean, m_coherence
 from steep.per_example import autodiff, parts
 
 
@@ -120,28 +120,28 @@ def test_without_clipping_it_is_the_mean(name):
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 9])
 def test_half_is_the_median(size):
     j = torch.randn(size, 20).double()
-    torch.testing.assert_close(winsorized_mean(j, 0.5), torch.from_numpy(np.median(j.numpy(), 0)))
+    torch.testing.assert_close(_winsorized_mean(j, 0.5), torch.from_numpy(np.median(j.numpy(), 0)))
 
 
 @pytest.mark.parametrize(("clip", "size", "k"), [(0.08, 50, 4), (0.08, 8, 1), (0.04, 8, 0), (0.5, 8, 3), (0.3, 1, 0)])
 def test_examples_that_are_clipped(clip, size, k):
-    assert clipped(clip, size) == k
+    assert _clipped(clip, size) == k
 
 
 def test_stays_in_the_range_and_forgets_the_order():
     j = torch.randn(11, 30).double()
     for clip in (0.1, 0.3, 0.5):
-        found = winsorized_mean(j, clip)
+        found = _winsorized_mean(j, clip)
         assert (found >= j.min(0).values).all()
         assert (found <= j.max(0).values).all()
-        assert torch.equal(found, winsorized_mean(j[torch.randperm(11)], clip))
+        assert torch.equal(found, _winsorized_mean(j[torch.randperm(11)], clip))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_type_of_numbers_and_without_changing_them(dtype):
     j = torch.randn(9, 1).to(dtype)
     before = j.clone()
-    found = winsorized_mean(j, 0.2)
+    found = _winsorized_mean(j, 0.2)
     assert torch.equal(j, before)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), winsorized(before.double(), 2), rtol=2e-2, atol=1e-2)
@@ -152,8 +152,8 @@ def test_one_example_cannot_move_it_far():
     far = j.clone()
     far[3] = 1e9
     far[3, 2:] = -1e9
-    assert (winsorized_mean(far, 0.1) <= j.max(0).values).all()
-    assert (winsorized_mean(far, 0.1) >= j.min(0).values).all()
+    assert (_winsorized_mean(far, 0.1) <= j.max(0).values).all()
+    assert (_winsorized_mean(far, 0.1) >= j.min(0).values).all()
     assert far.mean(0).abs().min() > 1e7
 
 

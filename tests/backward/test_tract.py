@@ -15,7 +15,7 @@ from torch import nn
 import steep
 from steep.backward import tract
 from steep.backward.coherence import CoherentGradient
-from steep.backward.tract import TrAct, patches, weight_gradient
+from steep.backward.tract import TrAct, _patches, _weight_gradient
 from steep.recipe import compose
 
 
@@ -125,9 +125,9 @@ def test_equals_numpy(name):
 def test_pieces_make_the_whole(name, chunk, monkeypatch):
     layer, x = layer_and_input(name)
     g = torch.randn_like(layer(x))
-    whole = weight_gradient(layer, x, g, 0.1)
+    whole = _weight_gradient(layer, x, g, 0.1)
     monkeypatch.setattr(tract, "CHUNK", chunk)
-    close(weight_gradient(layer, x, g, 0.1), whole, rtol=1e-9, atol=1e-12)
+    close(_weight_gradient(layer, x, g, 0.1), whole, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -167,7 +167,7 @@ def test_it_is_the_weight_that_fits_a_step_on_the_outputs(name):
 @pytest.mark.parametrize("b", [1, 6, 7, 8, 40])
 def test_both_closed_forms_are_the_same(b):
     x, g, lam = torch.randn(b, 7).double(), torch.randn(b, 3).double(), 0.1
-    found = weight_gradient(nn.Linear(7, 3), x, g, lam)
+    found = _weight_gradient(nn.Linear(7, 3), x, g, lam)
     close(found, g.T @ x @ torch.linalg.inv(x.T @ x / b + lam * eye(7)), rtol=1e-9, atol=1e-12)
     close(found, g.T @ torch.linalg.inv(x @ x.T / b + lam * eye(b)) @ x, rtol=1e-9, atol=1e-12)
     second = eye(b) - x @ x.T / b @ torch.linalg.inv(x @ x.T / b / lam + eye(b)) / lam  # as in the paper
@@ -192,17 +192,17 @@ def test_white_inputs_give_the_ordinary_gradient_over_one_plus_lambda():
 
 def test_turns_of_the_inputs_turn_it_and_units_belong_to_lambda():
     x, g, layer = torch.randn(9, 5).double(), torch.randn(9, 3).double(), nn.Linear(5, 3).double()
-    found = weight_gradient(layer, x, g, 0.1)
+    found = _weight_gradient(layer, x, g, 0.1)
     turn = torch.linalg.qr(torch.randn(5, 5).double())[0]
-    close(weight_gradient(layer, x @ turn, g, 0.1), found @ turn)
-    close(weight_gradient(layer, 10 * x, g, 10.0), found / 10)
+    close(_weight_gradient(layer, x @ turn, g, 0.1), found @ turn)
+    close(_weight_gradient(layer, 10 * x, g, 10.0), found / 10)
 
 
 def test_faint_inputs_move_their_outputs_as_strong_ones_do():
     """Two orthogonal images, one of a tenth of the contrast: at a small lambda its output follows its gradient."""
     x, layer = torch.diag(torch.tensor([1.0, 0.1])).double(), nn.Linear(2, 1, bias=False).double()
     g = torch.ones(2, 1).double()
-    ordinary, found = taught(layer, x, g), weight_gradient(layer, x, g, 1e-6)
+    ordinary, found = taught(layer, x, g), _weight_gradient(layer, x, g, 1e-6)
     assert (x @ ordinary.T)[1] == pytest.approx(0.01)
     close(x @ found.T, 2 * g, rtol=1e-3, atol=0)
 
@@ -220,7 +220,7 @@ def test_linear_in_the_loss_and_added_to_grad(name):
 @pytest.mark.parametrize("name", ["1d", "patches", "groups", "circular"])
 def test_patches_times_weights_are_the_outputs(name):
     layer, x = layer_and_input(name)
-    a = patches(layer, x)
+    a = _patches(layer, x)
     weight = layer.weight.reshape(layer.groups, -1, a.shape[-1])
     z = (a @ weight.mT).unflatten(1, (len(x), -1)).permute(1, 0, 3, 2).flatten(1, 2)
     close(z + layer.bias[:, None], layer(x).flatten(2))
@@ -310,7 +310,7 @@ def test_an_in_place_activation_may_follow(name, batched):
     z = layer(x).detach()
     TrAct(layer)
     found = torch.autograd.grad(F.relu(layer(x), inplace=True).sum(), layer.weight)[0]
-    close(found, weight_gradient(layer, x, (z > 0).double(), 0.1))
+    close(found, _weight_gradient(layer, x, (z > 0).double(), 0.1))
 
 
 # ---- precision
@@ -318,8 +318,8 @@ def test_an_in_place_activation_may_follow(name, batched):
 
 def test_a_lambda_lost_in_rounding_is_not_passed_over():
     x, g = torch.full((8, 4), 1000.0), torch.ones(8, 3)
-    assert weight_gradient(nn.Linear(4, 3), x, g, 1e-4).isnan().all()
-    assert weight_gradient(nn.Linear(4, 3), x, g, 1.0).isfinite().all()
+    assert _weight_gradient(nn.Linear(4, 3), x, g, 1e-4).isnan().all()
+    assert _weight_gradient(nn.Linear(4, 3), x, g, 1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["linear", "wide", "2d", "groups"])
@@ -328,7 +328,7 @@ def test_autocast_solves_in_float32(name):
     layer, x = layer_and_input(name, batch=16)
     x = x + 5
     g = torch.randn_like(layer(x)).bfloat16().double()
-    expected = weight_gradient(layer, x.float().double(), g, 0.1)
+    expected = _weight_gradient(layer, x.float().double(), g, 0.1)
     layer = layer.float()
     TrAct(layer)
     with torch.autocast("cpu", torch.bfloat16):
@@ -344,7 +344,7 @@ def test_weights_in_half_precision(dtype):
     layer, x = layer_and_input("2d")
     layer, x = layer.to(dtype), x.to(dtype)
     g = torch.randn(5, 4, 4, 3).to(dtype)
-    expected = weight_gradient(layer, x.double(), g.double(), 0.1)
+    expected = _weight_gradient(layer, x.double(), g.double(), 0.1)
     TrAct(layer)
     found = taught(layer, x, g)
     assert found.dtype == dtype
@@ -389,7 +389,7 @@ def test_a_layer_by_name():
     assert handle.layers == {"head": model.head}
     z.sum().backward()
     seen = model.body(x).tanh().detach().double()
-    close(model.head.weight.grad, weight_gradient(model.head, seen, torch.ones(8, 2).double(), 0.1), rtol=1e-4, atol=0)
+    close(model.head.weight.grad, _weight_gradient(model.head, seen, torch.ones(8, 2).double(), 0.1), rtol=1e-4, atol=0)
 
 
 class Own(nn.Linear):

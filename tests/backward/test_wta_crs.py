@@ -19,12 +19,12 @@ from steep.backward.wta_crs import (
     HUGE,
     UNSEEN,
     WTACRS,
-    SampledLinear,
-    Site,
-    choose,
+    _choose,
+    _SampledLinear,
+    _Site,
+    _weights,
+    _winners,
     method,
-    weights,
-    winners,
 )
 from steep.batches import Batch
 from steep.loop.measure import saved_bytes
@@ -99,7 +99,7 @@ def reference(w, u, estimator):
 def test_rows_and_factors_equal_numpy(k, estimator):
     for seed in range(5):
         w, u = heavy(20, seed), uniforms(k, seed)
-        index, factor = choose(w, u, estimator)
+        index, factor = _choose(w, u, estimator)
         rows, factors = reference(w.numpy(), u.numpy(), estimator)
         assert index.tolist() == rows
         np.testing.assert_allclose(factor, factors, rtol=1e-10)
@@ -115,7 +115,7 @@ def outcomes(w, k, estimator):
     for j in range(len(w)):
         middle = (sums[j] - steps[j] / 2) / sums[-1]
         if steps[j] > 0:
-            yield steps[j] / sums[-1], choose(w, torch.full((k,), float(middle), dtype=torch.float64), estimator)
+            yield steps[j] / sums[-1], _choose(w, torch.full((k,), float(middle), dtype=torch.float64), estimator)
 
 
 @pytest.mark.parametrize(("k", "estimator"), [(1, "crs"), (1, "wta"), (4, "wta")])
@@ -146,7 +146,7 @@ def test_variance_of_one_drawn_row_is_the_closed_form(k, estimator):
 def test_factors_of_many_draws_have_mean_one(estimator):
     w, total, squares, draws = heavy(40, 3), torch.zeros(40).double(), torch.zeros(40).double(), 4000
     for seed in range(draws):
-        index, factor = choose(w, uniforms(8, seed), estimator)
+        index, factor = _choose(w, uniforms(8, seed), estimator)
         found = torch.zeros(40).double().index_add(0, index, factor)
         total, squares = total + found, squares + found.square()
     mean = total / draws
@@ -159,7 +159,7 @@ def test_count_of_winners_is_the_best_and_meets_the_papers_condition():
     for seed in range(40):
         w, k = heavy(30, seed), 2 + seed % 20
         top = w.topk(k)
-        c = int(winners(top.values, w.sum() - top.values.sum()))
+        c = int(_winners(top.values, w.sum() - top.values.sum()))
         assert c == criterion(w.numpy(), k)
         share = float(top.values[:c].sum() / w.sum())
         assert share > c / k or c == 0
@@ -169,9 +169,9 @@ def test_count_of_winners_is_the_best_and_meets_the_papers_condition():
 
 def test_equal_weights_have_no_winners_and_are_plain_crs():
     w, u = torch.ones(30).double(), uniforms(6)
-    for found, expected in zip(choose(w, u), choose(w, u, "crs"), strict=True):
+    for found, expected in zip(_choose(w, u), _choose(w, u, "crs"), strict=True):
         assert torch.equal(found, expected)
-    assert torch.equal(choose(w, u)[1], torch.full((6,), 5.0).double())
+    assert torch.equal(_choose(w, u)[1], torch.full((6,), 5.0).double())
 
 
 @pytest.mark.parametrize("estimator", ["wta", "crs"])
@@ -180,17 +180,17 @@ def test_rows_of_no_weight_are_never_drawn(estimator):
     w[::2] = 0
     edges = torch.tensor([0.0, 1e-300, 0.5, 1 - 2**-53], dtype=torch.float64)
     for u in (edges, *(uniforms(4, seed) for seed in range(50))):
-        assert (choose(w, u, estimator)[0] % 2 == 1).all()
+        assert (_choose(w, u, estimator)[0] % 2 == 1).all()
 
 
 @pytest.mark.parametrize("estimator", ["wta", "crs"])
 def test_a_sum_of_few_rows_is_exact_and_one_of_none_is_zero(estimator):
     w, x = torch.zeros(9).double(), random(9, 4)
     x[[0, 1, 3, 4, 6, 7, 8]] = 0
-    index, factor = choose(w, uniforms(3), estimator)
+    index, factor = _choose(w, uniforms(3), estimator)
     assert factor.isfinite().all()
     w[2], w[5] = 1.0, 7.0
-    index, factor = choose(w, uniforms(3))
+    index, factor = _choose(w, uniforms(3))
     torch.testing.assert_close((x[index] * factor[:, None]).sum(0), x.sum(0))
 
 
@@ -202,7 +202,7 @@ def test_fewer_errors_than_crs_and_no_bias_unlike_the_largest_alone():
     for estimator in ("wta", "crs", "top-k"):
         estimates = []
         for seed in range(draws):
-            i, f = choose(w, uniforms(64, seed), estimator)
+            i, f = _choose(w, uniforms(64, seed), estimator)
             estimates.append(dz[i].T @ (h[i] * f[:, None]))
         each = torch.stack(estimates)
         variance = (each - each.mean(0)).square().sum((1, 2)).mean()
@@ -223,23 +223,23 @@ def test_weights_are_norms_times_remembered_norms():
     seen = torch.tensor([UNSEEN, 2.0, 4.0, 0.0, UNSEEN, 1e-6])
     mean = 6.000001 / 4
     g = torch.tensor([mean, 2.0, 4.0, 0.1 * mean, mean, 0.1 * mean])
-    torch.testing.assert_close(weights(h, seen, 0.1), h.norm(dim=1) * g, rtol=1e-6, atol=0)
-    assert weights(h, seen)[3] == 0
-    torch.testing.assert_close(weights(h, None), h.norm(dim=1))
+    torch.testing.assert_close(_weights(h, seen, 0.1), h.norm(dim=1) * g, rtol=1e-6, atol=0)
+    assert _weights(h, seen)[3] == 0
+    torch.testing.assert_close(_weights(h, None), h.norm(dim=1))
 
 
 @pytest.mark.parametrize("seen", [UNSEEN, 0.0])
 def test_norms_of_the_inputs_alone_where_nothing_is_known(seen):
     h = random(6, 4)
-    torch.testing.assert_close(weights(h, torch.full((6,), seen), 0.3), h.norm(dim=1))
+    torch.testing.assert_close(_weights(h, torch.full((6,), seen), 0.3), h.norm(dim=1))
 
 
 def test_half_precision_does_not_overflow_and_rows_that_are_not_finite_are_kept():
     h = torch.full((5, 400), 6e4, dtype=torch.float16)
-    torch.testing.assert_close(weights(h, None), torch.full((5,), 1.2e6).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(_weights(h, None), torch.full((5,), 1.2e6).double(), rtol=1e-3, atol=0)
     h[1, 3], h[2, 0] = math.nan, math.inf
-    assert weights(h, None).tolist()[1:3] == [HUGE, HUGE]
-    index, factor = choose(weights(h, None), uniforms(3))
+    assert _weights(h, None).tolist()[1:3] == [HUGE, HUGE]
+    index, factor = _choose(_weights(h, None), uniforms(3))
     assert set(index.tolist()) >= {1, 2}
     assert factor.isfinite().all()
 
@@ -315,7 +315,7 @@ def test_outputs_and_gradients_of_inputs_and_biases_are_exact(shape):
 
 def test_factors_too_large_for_half_precision(monkeypatch):
     """A row so small that its factor alone would overflow can be drawn."""
-    monkeypatch.setattr(Site, "choose", lambda *_: (torch.arange(6), torch.full((6,), 1e6, dtype=torch.float64)))
+    monkeypatch.setattr(_Site, "choose", lambda *_: (torch.arange(6), torch.full((6,), 1e6, dtype=torch.float64)))
     WTACRS(model := mlp(dtype=torch.float16), layers="0")
     found = grads(model, torch.full((20, 6), 1e-3, dtype=torch.float16))
     assert all(g.isfinite().all() for g in found.values())
@@ -554,7 +554,7 @@ def test_remove_leaves_the_model_as_it_was():
     model, x = mlp(), random(20, 6)
     before, exact = {**model.state_dict()}, grads(model, x)
     rule = WTACRS(model, layers="*")
-    assert isinstance(model[0], SampledLinear)
+    assert isinstance(model[0], _SampledLinear)
     same(model.state_dict(), before)
     rule.remove()
     assert [type(m) for m in model] == [nn.Linear, nn.Tanh, nn.Linear]

@@ -1,10 +1,9 @@
 """N:M sparsity: masks, schedules and gradients against their formulas, and against dense training and STE."""
 
 import copy
-import io
+import dataclasses
 import math
 import os
-import pickle
 import signal
 
 import numpy as np
@@ -15,7 +14,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import steep
-from steep.models.nm_gradient_flow import SCHEDULES, Phase, Schedule, apply_nm_gradient_flow, method, top_n
+from steep.models.nm_gradient_flow import SCHEDULES, Phase, _Schedule, _top_n, apply_nm_gradient_flow, method
+from steep.testing import handles
 
 SPARSE_SCHEDULES = [s for s in SCHEDULES if s != "dense"]
 MASKED, STE, SR_STE = {"flow": "masked"}, {"flow": "ste"}, {"flow": "ste", "sr_decay": 0.3}
@@ -144,7 +144,7 @@ def test_ten_steps_equal_numpy_written_from_the_formula(schedule, flow):
 @pytest.mark.parametrize("values", ["real", "tied", "zero"])
 def test_mask_keeps_the_n_largest_and_the_earlier_of_equals(n, m, values):
     size = {"real": random(4, 64), "tied": random(4, 64).mul(2).round(), "zero": torch.zeros(4, 64)}[values].abs()
-    mask = top_n(size.reshape(-1, m), n).view(4, 64)
+    mask = _top_n(size.reshape(-1, m), n).view(4, 64)
     assert torch.equal(mask.double(), torch.from_numpy(reference_mask(size.numpy(), n, m)))
 
 
@@ -154,30 +154,30 @@ def test_ties_of_rounded_weights_are_resolved_row_by_row():
     assert 5 < tied.sum() < 100
     for n in range(1, 9):
         expected = reference_mask(size.double().numpy(), n, 8)
-        assert torch.equal(top_n(size, n).double(), torch.from_numpy(expected))
+        assert torch.equal(_top_n(size, n).double(), torch.from_numpy(expected))
 
 
 def test_mask_of_non_finite_weights_has_n_per_group():
     size = random(6, 8).abs()
     size[0, 3] = size[1, :4] = float("nan")
     size[2, 5] = size[3, :4] = float("inf")
-    assert (top_n(size, 1).sum(1) == 1).all()
-    assert (top_n(size, 2).sum(1) == 2).all()
-    assert top_n(size, 1)[2, 5]
+    assert (_top_n(size, 1).sum(1) == 1).all()
+    assert (_top_n(size, 2).sum(1) == 2).all()
+    assert _top_n(size, 1)[2, 5]
 
 
 def test_mask_does_not_change_when_a_group_is_rescaled():
     size = random(40, 8, seed=5).abs()
     scale = random(40, 1, seed=6).exp()
     for n in (1, 2, 4, 7):
-        assert torch.equal(top_n(size * scale, n), top_n(size, n))
+        assert torch.equal(_top_n(size * scale, n), _top_n(size, n))
 
 
 # -- schedules ----------------------------------------------------------------------------------------------------
 
 
 def stages(kind, n, m):
-    return Schedule(kind, n, m, 0, 1, 1.0).stages
+    return _Schedule(kind, n, m, 0, 1, 1.0).stages
 
 
 def test_stages_of_structure_decay():
@@ -191,7 +191,7 @@ def test_stages_of_structure_decay():
 
 
 def test_structure_decay_gives_every_stage_the_same_time():
-    schedule = Schedule("structure-decay-stepwise", 1, 16, start=10, end=60, rate=1.0)
+    schedule = _Schedule("structure-decay-stepwise", 1, 16, start=10, end=60, rate=1.0)
     patterns = [schedule(t)[:2] for t in range(70)]
     expected = [(16, 16)] * 10 + [p for p in schedule.stages for _ in range(10)] + [(1, 16)] * 10
     assert patterns == expected
@@ -199,8 +199,8 @@ def test_structure_decay_gives_every_stage_the_same_time():
 
 
 def test_mask_decay_follows_its_formula_between_dense_phase_and_fine_tuning():
-    exponential = Schedule("mask-decay-exponential", 1, 8, start=5, end=50, rate=0.03)
-    linear = Schedule("mask-decay-linear", 1, 8, start=5, end=50, rate=0.03)
+    exponential = _Schedule("mask-decay-exponential", 1, 8, start=5, end=50, rate=0.03)
+    linear = _Schedule("mask-decay-linear", 1, 8, start=5, end=50, rate=0.03)
     assert exponential(4) == linear(4) == Phase(8, 8, 0.0)
     assert exponential(5) == linear(5) == Phase(1, 8, 1.0)
     assert exponential(25).decay == pytest.approx(math.exp(-0.6))
@@ -230,6 +230,8 @@ def test_phase_and_report_follow_the_steps():
     assert handle.sparsity_report() == {"0": 0.875, "total": zeros / (8 * 64 + 8 + 8 * 3 + 3)}
     assert "1:8" in repr(handle)
     assert "steps=10" in repr(handle)
+    handle.remove()
+    assert handle.steps == -1
 
 
 # -- exact properties ---------------------------------------------------------------------------------------------
@@ -346,43 +348,10 @@ def test_convolutions_are_grouped_in_channels_last_order(layer, m):
 # -- the handle ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_remove_gives_the_dense_weights_back_in_the_same_parameters(schedule):
-    model = mlp()
-    names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
-    parameters = list(model.parameters())
-    optimizer = adamw(model)  # made before: it must go on knowing the parameters
-    handle = apply_nm_gradient_flow(model, total_steps=6, schedule=schedule)
-    train(model, handle, optimizer, 6)
-    wanted = latent(model[0]).detach().clone()
-    handle.remove()
-    assert torch.equal(model[0].weight, wanted)
-    assert (model[0].weight != 0).all()
-    assert list(model.state_dict()) == names
-    assert [type(module) for module in model.modules()] == kinds
-    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-    handle.remove()
-    handle.step()
-    handle.merge()
-    assert torch.equal(model[0].weight, wanted)
-    assert handle.steps == -1
-
-
-@pytest.mark.parametrize("schedule", SPARSE_SCHEDULES)
-def test_merge_after_training_leaves_plain_layers_that_compute_the_same(schedule):
-    model = mlp()
-    parameters = list(model.parameters())
-    handle = apply_nm_gradient_flow(model, total_steps=6, schedule=schedule)
-    train(model, handle, sgd(model), 6)
-    x = random(5, 64)
-    wanted = model(x)
-    handle.merge()
-    assert torch.equal(model(x), wanted)
-    assert type(model[0]) is nn.Linear
-    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-    assert list(model.state_dict()) == list(mlp().state_dict())
-    assert (kept(model[0].weight, 8) == 1).all()
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
+@pytest.mark.parametrize("check", handles.DEPENDING_ON_SETTINGS)
+@pytest.mark.parametrize("settings", [*({"schedule": s} for s in SCHEDULES), *FLOWS], ids=str)
+def test_handle_keeps_the_contract_in_every_setting(settings, check):
+    check(dataclasses.replace(method, preset={"dense_fraction": 0.2, **settings}))
 
 
 @pytest.mark.parametrize("schedule", SPARSE_SCHEDULES)
@@ -396,20 +365,6 @@ def test_merge_before_the_end_writes_the_final_pattern_of_the_latent_weights(sch
     static = model[0].weight.detach().clone()
     handle.merge()
     assert torch.equal(model[0].weight, static if schedule == "static" and steps else wanted)
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_deepcopy_goes_on_exactly_and_shares_nothing(flow):
-    model = mlp()
-    handle = apply_nm_gradient_flow(model, total_steps=12, **flow)
-    train(model, handle, sgd(model), 4)
-    clone, second_handle = copy.deepcopy((model, handle))
-    untouched = copy.deepcopy(model.state_dict())
-    train(clone, second_handle, sgd(clone), 6, first=4)
-    same(model.state_dict(), untouched)
-    train(model, handle, sgd(model), 6, first=4)
-    same(model.state_dict(), clone.state_dict())
-    assert handle.steps == second_handle.steps == 10
 
 
 def test_stepping_touches_neither_parameters_nor_optimizer():
@@ -430,15 +385,6 @@ def test_stepping_touches_neither_parameters_nor_optimizer():
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
         assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
     assert flips > 0
-
-
-def test_model_and_optimizer_may_be_made_in_either_order():
-    early, deferred = mlp(), mlp()
-    optimizer = adamw(early)
-    handles = [apply_nm_gradient_flow(model, total_steps=6) for model in (early, deferred)]
-    train(early, handles[0], optimizer, 6)
-    train(deferred, handles[1], adamw(deferred), 6)
-    same(early.state_dict(), deferred.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -604,7 +550,7 @@ def weights_after(steps=8, **hyper):
         {"layers": "*"},
     ],
 )
-def test_every_setting_changes_the_training(hyper):
+def test_every_setting_changes_the_training_run(hyper):
     assert not torch.equal(weights_after(**hyper), weights_after())
 
 
@@ -639,42 +585,7 @@ def test_bad_values_are_named_and_leave_the_model_alone(hyper, message):
     assert type(model[0]) is nn.Linear
 
 
-def test_a_parametrized_weight_is_refused():
-    model = mlp()
-    handle = apply_nm_gradient_flow(model, total_steps=8)
-    with pytest.raises(ValueError, match="layer '0': its weight is parametrized already"):
-        apply_nm_gradient_flow(model, total_steps=8)
-    handle.remove()
-    apply_nm_gradient_flow(model, total_steps=8)
-
-
 # -- resume and fit -----------------------------------------------------------------------------------------------
-
-
-def reloaded(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("flow", FLOWS)
-def test_six_and_six_steps_equal_twelve(schedule, flow):
-    hyper = {"total_steps": 12, "schedule": schedule, "dense_fraction": 0.2, **flow}
-    whole, first, second = mlp(), mlp(), mlp(seed=1)
-    handle = apply_nm_gradient_flow(whole, **hyper)
-    train(whole, handle, adamw(whole), 12)
-
-    handle, optimizer = apply_nm_gradient_flow(first, **hyper), adamw(first)
-    train(first, handle, optimizer, 6)
-    states = reloaded({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
-    handle, optimizer = apply_nm_gradient_flow(second, **hyper), adamw(second)
-    second.load_state_dict(states["model"])
-    optimizer.load_state_dict(states["optimizer"])
-    assert handle.steps == 6
-    train(second, handle, optimizer, 6, first=6)
-    same(whole.state_dict(), second.state_dict())
 
 
 DIGITS, LABELS = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
@@ -692,7 +603,7 @@ def digits_recipe(hidden=16, epochs=3, lr=3e-3):
     )
 
 
-def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
+def test_fit_gives_the_horizon_of_the_budget():
     result = steep.fit(method(digits_recipe(), n=2, m=16), progress=False)
     gate = result.model[0].parametrizations.weight[0]
     assert int(gate.steps) == result.steps == 18
@@ -707,7 +618,7 @@ def test_dense_schedule_in_fit_equals_the_plain_recipe():
     assert plain.test == dense.test
 
 
-def test_card_wraps_another_method_on_the_model_and_needs_a_horizon():
+def test_entry_wraps_another_method_on_the_model_and_requires_a_horizon():
     recipe = steep.compose(digits_recipe(), [(method, {"layers": "0"}), (method, {"layers": "3"})])
     model = steep.fit(recipe, progress=False).model
     assert (kept(model[0].weight, 8) == 1).all()

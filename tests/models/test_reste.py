@@ -1,7 +1,7 @@
 """Binary weights and activations: estimators and steps against their formulas and STE, and what the handle leaves."""
 
 import copy
-import io
+import dataclasses
 import math
 import os
 import pickle
@@ -19,6 +19,7 @@ import steep
 from steep.models._signs import sign
 from steep.models.reste import BITS, EDE, FDA, STE, ApproxSign, ReSTE, apply_reste, method
 from steep.per_example import PerExample
+from steep.testing import handles
 
 ESTIMATORS = {"reste": ReSTE(), "ste": STE(), "approxsign": ApproxSign(), "ede": EDE(), "fda": FDA()}
 NAMES = list(ESTIMATORS)
@@ -247,6 +248,8 @@ def test_exponent_follows_its_schedule_and_stays_at_the_end():
     assert seen == pytest.approx(wanted)
     assert handle.steps == 6
     assert "steps=6" in repr(handle)
+    handle.remove()
+    assert handle.steps == -1
 
 
 def test_other_schedules():
@@ -337,47 +340,20 @@ def test_clip_bounds_latent_weights_from_the_first_step_on():
 # -- the handle ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("check", handles.DEPENDING_ON_SETTINGS)
 @pytest.mark.parametrize("bits", BITS)
-def test_remove_gives_the_model_back(bits):
-    model = mlp()
-    names, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
-    parameters = list(model.parameters())
-    optimizer = adamw(model)  # made before: it must go on knowing the parameters
-    handle = apply_reste(model, total_steps=6, bits=bits)
-    train(model, handle, optimizer, 6)
-    wanted = (latent(model[1]) if bits.startswith("1W") else model[1].weight).detach().clone()
-    handle.remove()
-    assert torch.equal(model[1].weight, wanted)
-    assert list(model.state_dict()) == names
-    assert [type(module) for module in model.modules()] == kinds
-    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-    plain = mlp()
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(model(batch(0)[0]), plain(batch(0)[0]))
-    handle.remove()
-    handle.step()
-    handle.merge()
-    assert torch.equal(model[1].weight, wanted)
-    assert handle.steps == -1
+@pytest.mark.parametrize("estimator", NAMES)
+def test_handle_keeps_the_contract_in_every_setting(bits, estimator, check):
+    clip = None if bits == "32W1A" else 0.1
+    check(dataclasses.replace(method, preset={"bits": bits, "estimator": estimator, "clip": clip}))
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_merge_leaves_binary_weights_that_compute_the_same(bits):
-    model = mlp()
-    parameters = list(model.parameters())
-    handle = apply_reste(model, total_steps=6, bits=bits)
-    train(model, handle, sgd(model), 6)
-    x = batch(9)[0]
-    wanted = model(x)
-    handle.merge()
-    assert torch.equal(model(x), wanted)
-    assert type(model[1]) is nn.Linear
-    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
-    assert list(model.state_dict()) == list(mlp().state_dict())
-    assert len(model[1].weight.abs().unique()) == (1 if bits.startswith("1W") else 20)
-    assert torch.equal(pickle.loads(pickle.dumps(model))(x), wanted)
-    handle.remove()
-    assert torch.equal(model(x), wanted)
+def test_a_layer_that_is_binary_already_is_refused(bits):
+    handles.refuses_a_second_handle(dataclasses.replace(method, preset={"bits": bits}))
+    apply_reste(model := mlp(), total_steps=8, bits=bits)
+    with pytest.raises(ValueError, match="layer '1': its (weight is parametrized|inputs are binary) already"):
+        apply_reste(model, total_steps=8, bits="32W1A")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -392,33 +368,6 @@ def test_what_was_merged_loads_into_a_merged_model_and_binarizes_to_itself(bits)
     assert torch.equal(other(x), model(x))
     apply_reste(other, total_steps=1, bits=bits)
     torch.testing.assert_close(other(x), model(x))
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", NAMES)
-def test_deepcopy_goes_on_exactly_and_shares_nothing(bits, name):
-    model = mlp()
-    handle = apply_reste(model, total_steps=12, bits=bits, estimator=name)
-    train(model, handle, sgd(model), 4)
-    clone, second_handle = copy.deepcopy((model, handle))
-    untouched = copy.deepcopy(model.state_dict())
-    train(clone, second_handle, sgd(clone), 6, first=4)
-    same(model.state_dict(), untouched)
-    train(model, handle, sgd(model), 6, first=4)
-    same(model.state_dict(), clone.state_dict())
-    second_handle.remove()
-    assert handle.steps == 10
-    assert list(clone.state_dict()) == list(mlp().state_dict())
-    assert len(clone[1]._forward_pre_hooks) == 0
-
-
-def test_layers_without_bias_come_back_without_one():
-    model = mlp()
-    handle = apply_reste(model, total_steps=6, skip=("first",))
-    handle.merge()
-    assert list(model[3]._parameters) == ["weight", "bias"]
-    assert model[3].bias is None
-    assert list(model.state_dict()) == list(mlp().state_dict())
 
 
 def test_handle_can_be_pickled_with_a_model_of_binary_activations():
@@ -442,15 +391,6 @@ def test_stepping_touches_neither_parameters_nor_optimizer():
     for key, slots in optimizer.state_dict()["state"].items():
         same(slots, state["state"][key])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
-
-
-def test_model_and_optimizer_may_be_made_in_either_order():
-    early, deferred = mlp(), mlp()
-    optimizer = adamw(early)
-    handles = [apply_reste(model, total_steps=6, bits="1W1A") for model in (early, deferred)]
-    train(early, handles[0], optimizer, 6)
-    train(deferred, handles[1], adamw(deferred), 6)
-    same(early.state_dict(), deferred.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -636,7 +576,7 @@ def weights_after(**hyper):
     ],
     ids=str,
 )
-def test_every_setting_changes_the_training(hyper):
+def test_every_setting_changes_the_training_run(hyper):
     changed, default = weights_after(**hyper), weights_after()
     assert not torch.equal(changed.sort().values, default.sort().values)
 
@@ -686,16 +626,6 @@ def test_bad_values_of_estimators_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_a_layer_that_is_binary_already_is_refused(bits):
-    model = mlp()
-    handle = apply_reste(model, total_steps=8, bits=bits)
-    with pytest.raises(ValueError, match="layer '1': its (weight is parametrized|inputs are binary) already"):
-        apply_reste(model, total_steps=8)
-    handle.remove()
-    apply_reste(model, total_steps=8)
-
-
 def test_an_estimator_of_the_users_own():
     class Triangle:
         def at(self, progress):
@@ -715,32 +645,6 @@ def test_an_estimator_of_the_users_own():
 
 
 # -- resume and fit -----------------------------------------------------------------------------------------------
-
-
-def reloaded(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("name", NAMES)
-def test_six_and_six_steps_equal_twelve(bits, name):
-    hyper = {"total_steps": 12, "bits": bits, "estimator": name, "clip": None if bits == "32W1A" else 0.8}
-    whole, first, second = mlp(), mlp(), mlp(seed=1)
-    handle = apply_reste(whole, **hyper)
-    train(whole, handle, adamw(whole), 12)
-
-    handle, optimizer = apply_reste(first, **hyper), adamw(first)
-    train(first, handle, optimizer, 6)
-    states = reloaded({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
-    handle, optimizer = apply_reste(second, **hyper), adamw(second)
-    second.load_state_dict(states["model"])
-    optimizer.load_state_dict(states["optimizer"])
-    assert handle.steps == 6
-    train(second, handle, optimizer, 6, first=6)
-    same(whole.state_dict(), second.state_dict())
 
 
 DIGITS, LABELS = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
@@ -774,7 +678,7 @@ def digits_recipe(epochs=3):
     )
 
 
-def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
+def test_fit_gives_the_horizon_of_the_budget():
     result = steep.fit(method(digits_recipe(), bits="1W1A"), progress=False)
     layer = result.model[3].linear
     assert int(layer.input_sign.steps) == int(layer.parametrizations.weight[0].steps) == result.steps == 18
@@ -782,7 +686,7 @@ def test_card_plugs_into_fit_with_the_horizon_of_the_budget():
     assert len(layer.weight.abs().unique()) == 1
 
 
-def test_card_wraps_another_method_on_the_model_and_needs_a_horizon():
+def test_entry_wraps_another_method_on_the_model_and_requires_a_horizon():
     recipe = steep.compose(digits_recipe(), [(method, {"skip": ("first", "last")}), (method, {"skip": ("0", "3.*")})])
     model = steep.fit(recipe, progress=False).model
     assert len(model[3].linear.weight.abs().unique()) == len(model[4].weight.abs().unique()) == 1
