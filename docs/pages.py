@@ -157,7 +157,7 @@ def reference(method):
     """The directives that document what `make` makes, and whatever else its file names in ``__all__``."""
     module, own = sys.modules[method.make.__module__], method.make.__name__
     return "\n\n".join(
-        f".. autoclass:: {module.__name__}.{name}\n   :members:"
+        f".. autoclass:: {module.__name__}.{name}\n   :members:\n   :inherited-members: Optimizer, Module"
         if isinstance(getattr(module, name), type)
         else f".. autofunction:: {module.__name__}.{name}"
         for name in dict.fromkeys((own, *getattr(module, "__all__", ())))

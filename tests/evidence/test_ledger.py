@@ -102,6 +102,15 @@ def test_code_that_a_claim_depends_on_makes_it_stale(folder, monkeypatch, change
     assert (fingerprint(*load_claims(folder)["sven"]) != before) == stale
 
 
+def test_what_a_claim_imports_by_a_package_or_beside_itself_belongs_to_it(tmp_path):
+    (tmp_path / "_shared.py").write_text("RATE = 1\n")
+    (tmp_path / "a.py").write_text("from _shared import RATE\nfrom steep.optim import AdaBelief, SGDP\n")
+    root = Path(steep.__file__).parent
+    found = imported([tmp_path / "a.py"])
+    assert {tmp_path / "_shared.py", root / "optim/adabelief.py", root / "optim/adamp.py"} <= found
+    assert root / "optim/diffgrad.py" not in found
+
+
 def test_tasks_and_methods_that_a_claim_names_belong_to_it(folder, monkeypatch):
     named = "def experiment(lab):\n    names = ['digits', 'adabelief', 'function-1d']\n"
     (folder / "sven.py").write_text(CLAIM.replace("def experiment(lab):\n", named))

@@ -23,7 +23,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from steep.method import Method, UnknownName
+from steep.method import PACKAGES, Method, UnknownName
 from steep.method import methods as all_methods
 from steep.recipe import Recipe
 from steep.tasks import task, tasks
@@ -192,10 +192,17 @@ def _imports(path: Path) -> tuple[Path, ...]:
 
 def _imported_by(path: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
         if isinstance(node, ast.Import):
-            yield from _modules([alias.name for alias in node.names])
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from _modules([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            if node.module.removeprefix("steep.") in PACKAGES:  # which export what their files define
+                package = importlib.import_module(node.module)
+                names += [getattr(getattr(package, alias.name, None), "__module__", "") for alias in node.names]
+        yield from _modules(names)
+        if ROOT not in path.parents:  # a claim may import its neighbours
+            yield from (file for name in names if (file := path.with_name(f"{name}.py").resolve()).is_file())
 
 
 def _modules(names: Sequence[str]) -> Iterator[Path]:
