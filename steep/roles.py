@@ -83,6 +83,7 @@ def param_roles(model: nn.Module, *, example: Any = None, overrides: Mapping[str
     notes: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         used = uses[id(parameter)]
+        # a tied parameter has a role for each of its uses
         roles[name] = min((role for _, role in used), key=ROLES.index)
         shared = [f"also {other}" for other, _ in used if other != name]
         notes[name] = "  ".join([" x ".join(map(str, parameter.shape)) or "scalar", *shared])

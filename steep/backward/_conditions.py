@@ -23,6 +23,7 @@ def damped_solve(gram: Tensor, r: Tensor, damping: float) -> Tensor:
 
 def shifted_solve(gram: Tensor, r: Tensor, shift: float) -> Tensor:
     """Weights ``w = (G + shift I)^-1 r``; NaN where G is not finite, as from an ordinary backward."""
+    # cholesky_ex, as cholesky would raise on a matrix that is not finite
     factor, failed = torch.linalg.cholesky_ex(gram + shift * torch.eye(len(r), dtype=gram.dtype, device=gram.device))
     return r * torch.nan if failed else torch.cholesky_solve(r[:, None], factor)[:, 0]
 

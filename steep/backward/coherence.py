@@ -102,6 +102,7 @@ class CoherentGradient:
         return _named(rows, rows.columnwise(partial(_winsorized_mean, clip=self.clip)))
 
     def _rolling(self, rows: Rows, size: int) -> Gradients:
+        # with two means only, at the second batch, the median is their mean
         self.recent = [*self.recent[-2:], _mean(rows, range(size), size)]
         return _median(self.recent)
 
@@ -136,6 +137,7 @@ def _winsorized_mean(j: Tensor, clip: float) -> Tensor:
     """Means of the columns of j, (B, n), with the share `clip` of them at either end clipped; (n,)."""
     size, k = len(j), _clipped(clip, len(j))
     ordered = _sorted(j.T.contiguous())
+    # k values at either end count as the nearest one that is left
     ends = ordered[:, k] + ordered[:, size - 1 - k]
     return (ordered[:, k : size - k].sum(1) + k * ends) / size + 0 * (ordered[:, 0] + ordered[:, -1])  # NaN stays NaN
 

@@ -13,9 +13,15 @@ gradient minimises the linearised least squares with a penalty on its length, so
 
 Papers: Marquardt (1963), doi 10.1137/0111030; on mini-batches through the B x B system, with these thresholds, Ren and
 Goldfarb, arXiv 1906.02353. Theirs: λ absolute, and factors near 1. Steep's, from one-seed trials on small regressions:
-λ relative to the diagonal, damping 1 at the start, adapt 2, lr 0.3, and the lower end 1e-6 (the diagonal's share below
-which the Gram matrix of a float32 backward holds rounding only; without it the damping of a solved problem
-falls until the step is noise).
+λ relative to the diagonal, damping 1 at the start, adapt 2, lr 0.3, and the lower end 1e-6.
+
+The adaptive damping is what makes second-order steps safe on small batches: with a fixed damping the rule is no better
+than Adam on the regressions.
+
+A recipe's loss is one number per example, so `fit` does not use (B, R) residuals. Measured on the digits autoencoder
+(64 outputs, two seeds, 4 CPU seconds), B x 64 conditions end at a validation error of 0.026 at best, B conditions at
+0.023, and AdamW at 0.015: a batch of few examples and many outputs is fitted at once and says little about the other
+examples, and a step costs as much as thirty of AdamW's.
 """
 
 from __future__ import annotations
@@ -34,6 +40,8 @@ from steep.utils.validation import Ranges, check_ranges
 
 RANGES: Ranges = {"damping": "(0, inf)", "kappa": "(0, inf)", "adapt": "[1, inf)"}
 POOR, GOOD = 0.25, 0.75
+# below this share of the diagonal, the Gram matrix of a float32 backward holds rounding only: without the bound, the
+# damping of a solved problem falls until the step is noise
 LEAST, MOST = 1e-6, 1e3
 
 
@@ -98,7 +106,7 @@ class LevenbergMarquardt:
         if self._pending is not None and self._pending.made():
             raise RuntimeError("the step before was not judged: call rule.step() after optimizer.step(), or adapt=1")
         rows = self.engine.rows(losses)
-        rows = rows.lasting() if self.adapt > 1 else rows
+        rows = rows.lasting() if self.adapt > 1 else rows  # `step` asks for J Δθ once the parameters have moved
         r, slopes = conditions(losses.detach().double().flatten(), self.kappa)
         w = damped_solve(rows.gram() * slopes * slopes[:, None], r, self.damping)
         rows.backward(w * slopes * scale)
@@ -116,6 +124,7 @@ class LevenbergMarquardt:
         if self._pending is None:
             return
         self.gain, self._pending = self._pending.gain(), None
+        # "not >=": a gain of NaN raises the damping too
         factor = self.adapt if not self.gain >= POOR else 1 / self.adapt if self.gain > GOOD else 1.0
         self.damping = min(max(self.damping * factor, LEAST), MOST)
 
@@ -136,6 +145,7 @@ class _Step:
 
     def __init__(self, rows: Rows, r: Tensor, slopes: Tensor, again: Callable[[], Tensor]):
         self.rows, self.r, self.slopes, self.again = rows, r, slopes, again
+        # what the optimizer really does is seen from the parameters alone, so that any optimizer may follow
         self.start = [p.detach().clone() for p in rows.params]
 
     def made(self) -> bool:

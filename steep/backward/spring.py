@@ -85,10 +85,12 @@ class Spring:
         check_vector("Spring", losses, outputs=True)
         rows, size = self.engine.rows(losses), losses.numel()
         r, slopes = conditions(losses.detach().double().flatten(), self.kappa)
+        # a parameter that the rows have for the first time has no last direction
         kept = [self.momentum * self.direction.get(name, torch.zeros_like(p)) for p, name in rows.names.items()]
         gram = rows.gram() * slopes * slopes[:, None] / size
         w = shifted_solve(gram, r - slopes * rows.jvp(kept), self.damping) / size
         new = [k if g is None else g + k for g, k in zip(rows.vjp(w * slopes), kept, strict=True)]
+        # kept unbounded and unscaled: the bound and `scale` belong to the step, not to the recursion
         self.direction = dict(zip(rows.names.values(), new, strict=True))
         factor = scale * self._bound(new)
         rows.fill(lambda: [factor * d for d in new])

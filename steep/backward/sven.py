@@ -128,7 +128,9 @@ class Sven:
         residuals, slopes = conditions(means, self.kappa)
         weights = self._spread(slopes) / self.micro_batch
         gram = rows.gram() * weights * weights[:, None]
-        for _ in range(2):
+        for _ in range(
+            2
+        ):  # grouping sums over the first dimension: once for the rows, and, transposed, for the columns
             gram = self._grouped(gram.reshape(*losses.shape, -1)).flatten(0, -2).T
         w = self._spread(self.solve(gram, residuals.flatten()).view_as(residuals)) * weights
         rows.backward(w * scale)
@@ -162,12 +164,14 @@ class Sven:
         u = self._start(gram, size)
         for _ in range(PASSES):
             u = torch.linalg.qr(gram @ u)[0]
+        # Rayleigh-Ritz: the eigenvectors of G within the subspace
         squares, turn = torch.linalg.eigh(u.T @ (gram @ u))
         u = u @ turn
         self.subspace = u if self.solver == "warm" else None
         return squares, u
 
     def _start(self, gram: Tensor, size: int) -> Tensor:
+        # a last batch of another size has a subspace of another shape
         if self.subspace is not None and self.subspace.shape == (len(gram), size):
             return self.subspace.to(gram)
         return torch.randn(len(gram), size, dtype=gram.dtype, generator=self.generator).to(gram.device)

@@ -1,7 +1,7 @@
 """The first layer's weight is moved so that its outputs change as a gradient step on them would change them.
 
-Ordinarily an input's influence on the first weights is proportional to its own values, so that faint images teach less
-than strong ones; an embedding layer, whose rows are its outputs, knows no such thing. With x (b, n) the layer's inputs,
+Ordinarily an input's influence on the first weights is proportional to its own values, so faint images change them less
+than strong ones; an embedding layer, whose rows are its outputs, has no such effect. With x (b, n) the layer's inputs,
 z = x Wᵀ + bias (b, m) its outputs, g = dL/dz (b, m) of a mean loss L, and C = xᵀx/b (n, n):
 
     W.grad = gᵀx (C + λI)⁻¹ = gᵀ (xxᵀ/b + λI)⁻¹ x            (m, n); the second form where b < n
@@ -14,7 +14,7 @@ Paper: Petersen, Borgelt and Ermon, "TrAct: Making First-layer Pre-Activations T
 only hyper-parameter, is 0.1 in their code and its examples, for standardised inputs, with learning rates left as they
 were.
 
-What differs: the authors' code inverts the matrix, knows two-dimensional convolutions only, and ignores dilation,
+What differs: the authors' code inverts the matrix, has two-dimensional convolutions only, and ignores dilation,
 groups and padding modes; here they are treated as they should be, by Cholesky factors, in float32 at least.
 
 Unsure: how far λ may be moved; it is tuned over 0.03 to 0.3. It is in units of the inputs' square.
@@ -92,7 +92,7 @@ class TrAct:
     def _forward(self, name: str, input: Tensor) -> Tensor:
         """In the place of the layer's own."""
         layer = self.layers[name]
-        if len(self.layers) > 1:
+        if len(self.layers) > 1:  # the first layer that is reached is the one: the others become ordinary again
             _restore({other: v for other, v in self.layers.items() if other != name})
             self.layers = {name: layer}
         weight = layer.weight
@@ -184,7 +184,7 @@ def _weight_gradient(layer: Any, x: Tensor, g: Tensor, lam: float, *, less: bool
     x, g = (t.reshape(-1, *t.shape[t.ndim - sample :]) for t in (x, g))
     positions, n = prod(g.shape[2:]), prod(layer.weight.shape[1:])
     rows = len(g) * positions
-    if rows < n:
+    if rows < n:  # the smaller of the two systems
         a, d = _rows(layer, x, g)
         return (_solved(a @ a.mT / rows, lam, d, less).mT @ a).reshape(layer.weight.shape)
     step = max(1, CHUNK // (n * positions * getattr(layer, "groups", 1)))

@@ -1,5 +1,5 @@
 """WTA-CRS estimates the weight gradients of linear layers from k rows of their inputs, so that no others need be kept:
-the rows that weigh most, always, and some of the rest drawn at random, without bias. All else stays exact.
+the rows of the largest weights, and a random sample of the others, without bias. Everything else stays exact.
 
 Of a layer z = h W^T + b with m rows (examples times positions), h (m, in) and z (m, out):
 
@@ -14,9 +14,9 @@ the authors' code and 4 here, or layers fed with up to 10 rows would never be sa
 
 What differs, and why:
 - A norm g_i is raised to `floor` times the batch's mean where it is smaller, and is that mean where an example is seen
-  for the first time. A row whose gradient was zero once could else never be drawn again, which is a bias, and an
-  example that was learned and is forgotten would get a factor 1/p_j as large as one likes. 0.3 is from trials on
-  digits, where SGD lost by smaller ones; 0 is the paper's, and right where many rows are padding.
+  for the first time. Otherwise a row whose gradient was zero once could never be drawn again, which is a bias, and an
+  example that was learned and then forgotten would get an arbitrarily large factor 1/p_j. 0.3 is from trials on
+  digits, where SGD did worse with smaller ones; 0 is the paper's, and right where many rows are padding.
 - The authors' code drops the drawn rows where P > 0.999, skips the factor while it has no norms, and with
   `mix_replacement`, which its configuration sets, draws without replacement and without a factor. All three are
   biased. Here p is summed over the others alone, which needs no such care: drawing stops where nothing is left.
@@ -115,6 +115,7 @@ class WTACRS:
         self._indices: Tensor | None = None
         self.layers = _select(model, layers)
         for module in self.layers.values():
+            # a new class, not a new module: the optimizer's parameters, their names and all hooks stay as they are
             module.__class__, module.site = _SampledLinear, _Site(self)
 
     def __call__(self, losses: Tensor, *, scale: float = 1.0) -> None:
@@ -221,7 +222,7 @@ class _Site:
         self.norms[examples, : found.shape[1]] = found
 
     def _grow(self, examples: Tensor, positions: int) -> None:
-        """Make room, doubled at each time, as the size of the training set is not known."""
+        """Enlarge the memory, doubled each time, as the size of the training set is not known."""
         rows, columns = self.norms.shape
         needed = int(examples.max()) + 1
         if needed > rows or positions > columns:
@@ -303,8 +304,10 @@ def _choose(w: Tensor, uniform: Tensor, estimator: str = "wta") -> tuple[Tensor,
     """
     top, slots = w.topk(len(uniform)), torch.arange(len(uniform), device=w.device)
     wins = slots < _winners(top.values, w.index_fill(0, top.indices, 0.0).sum(), estimator)
+    # winners weigh nothing among those to draw from
     others = w.index_put((top.indices,), torch.where(wins, 0.0, top.values))
     sums = others.cumsum(0)
+    # right: a row of weight 0 is never drawn, even by the number 0
     drawn = torch.searchsorted(sums, uniform * sums[-1], right=True).clamp(max=len(w) - 1)
     index = torch.where(wins, top.indices, drawn)
     return index, torch.where(wins, 1.0, sums[-1] / (w[index] * (len(slots) - wins.sum())))

@@ -1,5 +1,5 @@
 """Hessian alignment asks for features on which the classifier's head has the same gradient and the same curvature in
-every domain (hospital, camera, year): what helps in one domain only is then of no use, and what helps in all is kept.
+every domain (hospital, camera, year): features that help in only one domain lose their use, others stay.
 
 With n domains of mean losses L_e, the head's p parameters θ, and L̄ the mean of the L_e:
 
@@ -11,8 +11,8 @@ With n domains of mean losses L_e, the head's p parameters θ, and L̄ the mean 
     loss = (L̄ + w penalty) / max(1, w)                                      w = 1 for anneal_steps, then `weight`
 
 Hemati, Zhang, Estiri, Chen: Understanding Hessian Alignment for Domain Generalization (arXiv 2308.11778). alpha, beta
-and the number of probes are those of the authors' DomainBed code, which detaches and does not anneal. Its ranges of
-search are the card's. Their ColoredMNIST scripts: alpha = beta = 1, detach=False, anneal_steps=190, weight 91257.19
+and the number of probes are those of the authors' DomainBed code, which detaches and does not anneal. Its ranges
+of search are the entry's. Their ColoredMNIST scripts: alpha = beta = 1, detach=False, anneal_steps=190, weight 91257.19
 (from IRM's code), and Adam at 4.9e-4 on full batches.
 
 Only the head and the loss are differentiated more than once: features may have no second derivative.
@@ -49,7 +49,7 @@ class HessianAlignment(nn.Module):
     A loss of the whole batch (0-d): `loss(model(x), y, domains=...)`. Where each domain has a loader of its own, add
     `penalty` of their mean losses instead. Call `step` once after each optimizer step. Without gradients it is the
     plain losses, one per example. Batches must hold two domains at least; those without one of the others align the
-    rest. Tune on a domain that is not trained on: validation data from those of training speak against any penalty.
+    rest. Tune on a domain that is not trained on: validation data from the training domains speak against any penalty.
 
     Args:
         head: layer(s) from features to outputs; its parameters are looked at, not owned.
@@ -138,6 +138,7 @@ class HessianAlignment(nn.Module):
         self._once(gradients)
         curvatures = torch.stack([self._curvature(g) for g in gradients])
         mean = gradients.mean(0)
+        # the Hessian of the mean loss times its gradient is not the mean of the products
         mean_curvature = self._curvature(mean) if self.kind == "hgp" else curvatures.mean(0)
         return self.alpha * self._spread(curvatures, mean_curvature) + self.beta * self._spread(gradients, mean)
 

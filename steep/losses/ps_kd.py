@@ -39,7 +39,7 @@ class PSKD(nn.Module):
 
     Args:
         num_examples: N, number of training examples.
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the whole training run.
         steps_per_epoch: optimizer steps in one pass over the training data; the weight is constant within an epoch.
         alpha_T: weight of the previous prediction in the last epoch, in [0, 1]. 0.8 is the paper's; 0 is cross-entropy.
 
@@ -101,6 +101,7 @@ class PSKD(nn.Module):
     def targets(self, target: Tensor, indices: Tensor) -> Tensor:
         """Softened targets (B, K), rows that sum to one."""
         predicted = self.previous[indices]
+        # a row of zeros is an example without a prediction: it keeps its one-hot target
         onehot = F.one_hot(target, predicted.shape[1]).to(predicted.dtype)
         return torch.lerp(onehot, torch.where(predicted.any(1, keepdim=True), predicted, onehot), self.alpha)
 
@@ -113,6 +114,7 @@ class PSKD(nn.Module):
 
     def _remember(self, rows: Tensor, output: Tensor) -> None:
         predicted = output.to(self.current.dtype).softmax(1)
+        # one diverged step must not poison the targets of a whole epoch
         finite = predicted.isfinite().all(1)
         self.current[rows[finite]] = predicted[finite]
 

@@ -14,10 +14,10 @@ from steep.utils.validation import check_ranges, require
 
 @runtime_checkable
 class Estimator(Protocol):
-    """A soft sign whose slope stands in for the sign's; one number, its sharpness, may change over the training."""
+    """A soft sign whose slope stands in for the sign's; one number, its sharpness, may change over the training run."""
 
     def at(self, progress: float) -> float:
-        """Sharpness when `progress`, from 0 to 1, of the training is done."""
+        """Sharpness when `progress`, from 0 to 1, of the training run is done."""
 
     def soft(self, z: Tensor, sharpness: Tensor) -> Tensor:
         """The soft sign f(z)."""
@@ -46,6 +46,7 @@ class ReSTE:
 
     def slope(self, z: Tensor, sharpness: Tensor) -> Tensor:
         size = z.abs()
+        # clamped, as the power diverges at 0; within m it is the slope of the secant from 0 to m
         secant = size.clamp(min=self.m) ** (1 / sharpness - 1)
         return torch.where(size <= self.m, secant, secant / sharpness) * (size <= self.t)
 
@@ -116,6 +117,7 @@ class FDA:
         check_ranges(vars(self), {"start": "[0, inf)", "end": "[0, inf)", "frequency": f"(0, {math.pi / 2})"})
 
     def at(self, progress: float) -> float:
+        # whole waves only
         return float(int(self.start + progress * (self.end - self.start)))
 
     def soft(self, z: Tensor, sharpness: Tensor) -> Tensor:
@@ -131,6 +133,7 @@ class FDA:
 
 def sign(z: Tensor) -> Tensor:
     """+1 or -1, and +1 at zero; NaN stays NaN."""
+    # not torch.sign, which is 0 at zero: a weight of 0 would make the layer ternary
     return torch.where(z >= 0, 1.0, torch.where(z < 0, -1.0, z))
 
 

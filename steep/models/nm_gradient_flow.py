@@ -1,4 +1,4 @@
-"""N:M sparsity whose gradient flow to pruned weights fades over the training (MdGf, SdGf).
+"""N:M sparsity whose gradient flow to pruned weights fades over the training run (MdGf, SdGf).
 
 In every group of M consecutive weights along the input dimension the N largest magnitudes are kept; the others count
 with a factor that decays from 1 to 0 (mask decay), or the pattern tightens in stages (structure decay). Per layer,
@@ -146,7 +146,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         weight, gate = ctx.saved_tensors
         gradient = grads[0] * gate if ctx.masked else grads[0]
-        if ctx.sr_decay:
+        if ctx.sr_decay:  # also where the gradient is masked: it pulls pruned weights to zero
             mask = gate.floor()  # the gate is 1 where a weight is kept, less elsewhere
             gradient = gradient + ctx.sr_decay * (weight - mask * weight)
         return gradient, None, None, None
@@ -162,6 +162,7 @@ class _Gate(nn.Module):
         super().__init__()
         self.masked, self.sr_decay = flow == "masked", sr_decay
         self.register_buffer("gate", torch.ones_like(weight, requires_grad=False))
+        # -1: at 0 a static mask that starts at once would count as drawn already
         self.register_buffer("steps", torch.tensor(-1, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -171,6 +172,7 @@ class _Gate(nn.Module):
         """G for this phase from the latent weights, grouped over the last dimension of channels-last order."""
         size = weight.detach().abs().movedim(1, -1)
         keep = _top_n(size.reshape(-1, phase.m), phase.n).view(size.shape).movedim(-1, 1)
+        # in place: a compiled model goes on with the same tensor
         self.gate.copy_(keep).clamp_(min=phase.decay)
 
 
@@ -199,7 +201,7 @@ class NMSparsity(ParametrizedWeights):
 
     def merge(self) -> None:
         """Write the weights of the final phase, strict zeros included, and leave ordinary layers."""
-        self._enter(max(self.steps, self.schedule.end))
+        self._enter(max(self.steps, self.schedule.end))  # before the end weights may be faded, but not zero
         super().merge()
 
     def sparsity_report(self) -> dict[str, float]:
@@ -240,7 +242,7 @@ def apply_nm_gradient_flow(
 
     Args:
         model: its weights become latent weights; an optimizer made before or after works.
-        total_steps: optimizer steps of the whole training.
+        total_steps: optimizer steps of the whole training run.
         n, m: the pattern; 1:8 is where the paper's gains begin.
         schedule: "mask-decay-exponential" (the paper's best), "mask-decay-linear", "structure-decay-stepwise"
             (M-1:M, M/2:M, ..., N:M; m must be n times a power of two), "structure-decay-geometric" (8N:8M, 4N:4M,

@@ -1,6 +1,6 @@
 """Binary weights and activations: signs forward, the slope of a soft sign backward, sharper with time (ReSTE).
 
-The sign has no useful gradient, so an estimator lends it one. A sharp estimator errs less but makes gradients diverge;
+The sign has no useful gradient, so an estimator's is used. A sharp estimator errs less but makes gradients diverge;
 ReSTE trades the two by the exponent of a power function, which is the straight-through estimator at o = 1. Per layer,
 with latent weights W (out, in, ...), inputs x (B, in, ...), and z either of them, elementwise:
 
@@ -56,6 +56,7 @@ class _Sign(nn.Module):
     def __init__(self, estimator: Estimator, like: Tensor):
         super().__init__()
         self.estimator = estimator
+        # float32 at least: in half precision the steps of a slow schedule would be rounded away
         precise = torch.promote_types(like.dtype, torch.float32)
         self.register_buffer("steps", torch.tensor(0, device=like.device))
         self.register_buffer("sharpness", torch.tensor(estimator.at(0.0), dtype=precise, device=like.device))
@@ -72,13 +73,14 @@ class _ScaledSign(_Sign):
 
 
 class _InputSign(_Sign):
-    """Sign of a layer's inputs; looks at the first batch, as inputs that are never negative have but one sign."""
+    """Sign of a layer's inputs; checks the first batch, as inputs that are never negative all have the same sign."""
 
     def __init__(self, estimator: Estimator, like: Tensor, layer: str):
         super().__init__(estimator, like)
         self.layer, self.looked = layer, False
 
     def forward(self, z: Tensor) -> Tensor:
+        # what depends on values would break a compiled graph
         if not self.looked and not torch.compiler.is_compiling():
             self.looked = True
             with contextlib.suppress(RuntimeError):  # under vmap, values cannot be asked for
@@ -173,7 +175,7 @@ class Binarization(ParametrizedWeights):
         if self.activations:
             for module in self.layers.values():
                 del module.input_sign
-                if merged:
+                if merged:  # the weights alone do not say that inputs are binary
                     module.register_forward_pre_hook(_sign_of_input)
         super()._leave(merged)
 
@@ -202,7 +204,7 @@ def apply_reste(
 
     Args:
         model: its weights become latent weights; an optimizer made before or after works.
-        total_steps: optimizer steps of the whole training, over which the estimator sharpens.
+        total_steps: optimizer steps of the whole training run, over which the estimator sharpens.
         bits: "1W32A": binary weights; "1W1A": activations too, the inputs of the same layers; "32W1A": these only. The
             paper has the first two. Binary activations need a norm before the layer: behind a ReLU all signs are +1.
         estimator: "reste"; "ste", clipped at 1; "approxsign" (Bi-Real net); "ede" (IR-Net); "fda"; or an object like

@@ -606,7 +606,7 @@ def test_batch_norm_is_refused_where_it_mixes_examples_only():
     assert model[1].weight.grad.any()
 
 
-# ---- the card
+# ---- the entry
 
 
 def test_card_puts_the_rule_and_plain_sgd_into_a_recipe():

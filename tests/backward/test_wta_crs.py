@@ -195,7 +195,7 @@ def test_a_sum_of_few_rows_is_exact_and_one_of_none_is_zero(estimator):
 
 
 def test_fewer_errors_than_crs_and_no_bias_unlike_the_largest_alone():
-    """The card's pilot: 256 rows with heavy tails, 64 kept."""
+    """256 rows with heavy tails, 64 kept."""
     h, dz = (random(256, 16, seed=s) * random(256, seed=9).exp().unsqueeze(1) for s in (1, 2))
     w, exact, draws = h.norm(dim=1) * dz.norm(dim=1), dz.T @ h, 300
     found = {}
