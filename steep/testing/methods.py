@@ -34,7 +34,7 @@ from steep.loop.training import NonFinite, Training, accelerator
 from steep.method import Choice, Method, Range
 from steep.recipe import Budget, Recipe
 from steep.requires import REQUIREMENTS
-from steep.testing import optimizers
+from steep.testing import handles, optimizers
 from steep.utils.randomness import stream_seed
 
 STEPS = 24  # three epochs, so that memories of an earlier epoch and phases of a schedule come into play
@@ -106,9 +106,11 @@ def checks(method: Method) -> Iterator[tuple[str, Check]]:
     subject = Subject(method)
     for check in wanted:
         yield check.__name__, functools.partial(check, subject)
+    contracts = handles.CHECKS if method.changes == "models" else ()
     if isinstance(method.make, type) and issubclass(method.make, torch.optim.Optimizer):
-        for contract in optimizers.CHECKS:
-            yield contract.__name__, functools.partial(contract, method)
+        contracts = optimizers.CHECKS
+    for contract in contracts:
+        yield contract.__name__, functools.partial(contract, method)
 
 
 def check_method(method: Method) -> None:
