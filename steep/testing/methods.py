@@ -20,7 +20,7 @@ import inspect
 import io
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -106,7 +106,7 @@ def checks(method: Method) -> Iterator[tuple[str, Check]]:
     subject = Subject(method)
     for check in wanted:
         yield check.__name__, functools.partial(check, subject)
-    contracts = handles.CHECKS if method.changes == "models" else ()
+    contracts: Sequence[Callable[[Method], None]] = handles.CHECKS if method.changes == "models" else ()
     if isinstance(method.make, type) and issubclass(method.make, torch.optim.Optimizer):
         contracts = optimizers.CHECKS
     for contract in contracts:
