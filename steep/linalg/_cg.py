@@ -68,13 +68,14 @@ def cg(
     precondition = preconditioner or torch.clone
     x = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b.clone() if x0 is None else b - matvec(x) - damping * x
+    # relative to b and not to the first residual, as in SciPy: a good x0 ends it sooner
     goal = max(rtol * float(b.norm()), atol)
     p = z = precondition(r)
     rz, size, done, indefinite = r @ z, float(r.norm()), 0, False
     while size > goal and done < max_iter:
         ap = matvec(p) + damping * p
         curvature, done = p @ ap, done + 1
-        indefinite = not curvature > 0
+        indefinite = not curvature > 0  # also where it is NaN
         if indefinite:
             break
         step = rz / curvature

@@ -73,6 +73,7 @@ def _mean(
     check_ranges({"samples": samples, "n": n}, {"samples": "[1, inf)", "n": "[1, inf)"})
     mean = spread = torch.zeros((), dtype=torch.float64)
     for k in range(1, samples + 1):
+        # float64, since the spread is a sum of differences between nearly equal numbers
         z = rademacher(n, generator, dtype=dtype)
         found = contract(z.double(), matvec(z).double())
         before, mean = mean, mean + (found - mean) / k

@@ -78,9 +78,10 @@ def lanczos(
         basis[j] = q
         w = matvec(q)
         diagonal.append(float(w.double() @ q.double()))
-        for _ in range(2):
+        for _ in range(2):  # one pass leaves rounding errors that matter where little of w is left
             w = w - basis[: j + 1].T @ (basis[: j + 1] @ w)
         beside.append(float(w.norm()))
+        # the basis spans an invariant subspace: going on would normalize rounding errors
         if not beside[-1] > _negligible(diagonal, beside, w):
             break
         q = w / beside[-1]
@@ -97,7 +98,7 @@ def _ritz(diagonal: list[float], beside: list[float], basis: Tensor) -> Ritz:
     t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     off = torch.tensor(beside[:-1], dtype=torch.float64)
     t += torch.diag(off, 1) + torch.diag(off, -1)
-    values, s = torch.linalg.eigh(t)
+    values, s = torch.linalg.eigh(t)  # a small matrix: on the CPU, whatever the device of the vectors
     s, values = s.to(basis.device), values.to(basis.device)
     return Ritz(values, basis.T @ s.to(basis), s[0].square(), beside[-1] * s[-1].abs())
 

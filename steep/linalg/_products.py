@@ -82,6 +82,7 @@ def ggn(model_fn: Function, loss_fn: Callable[[Tensor], Tensor], params: Mapping
     at = _leaves(params)
     with _twice_differentiable():
         outputs = model_fn(at)
+        # cut from the model, so that ∇²L is the Hessian by the outputs alone
         out = outputs.detach().requires_grad_()
         slope = _gradient(_number(loss_fn(out)), [out], create_graph=True)
     push, pull = _jacobian(outputs, list(at.values()))
@@ -126,6 +127,7 @@ def _gradient(
     """`torch.autograd.grad` that keeps the graph, with zeros where nothing depends on an input."""
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     cotangents = [torch.ones_like(o) for o in outputs] if cotangents is None else cotangents
+    # autograd raises for an output that is constant, such as the gradient of a linear loss; its derivative is zero
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(i) for i in inputs]
@@ -141,6 +143,7 @@ def _gradient(
 
 
 def _leaves(params: Mapping[str, Tensor]) -> Tensors:
+    # leaves of their own: the caller's parameters may be frozen, or part of another graph
     return {name: p.detach().requires_grad_() for name, p in params.items()}
 
 

@@ -60,6 +60,7 @@ def _projections(layer: nn.MultiheadAttention) -> tuple[Sequence[Tensor], Sequen
 
 def _attend(layer: nn.MultiheadAttention, projected: Sequence[Tensor], inputs: dict[str, Any]) -> Any:
     """What comes out before the output projection (time first), and the attention weights if they were asked for."""
+    # queries, keys and values are projected already: the identity leaves them as they are
     same = torch.eye(layer.embed_dim, dtype=projected[0].dtype, device=projected[0].device)
     options = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
     forward: Any = F.multi_head_attention_forward

@@ -54,6 +54,7 @@ class Lookup(Sliced):
     def gram(self) -> Tensor:
         (compact,) = compacted(self)
         cells = compact._cells()
+        # pairs of cells, most of which have different tokens, against whole rows of the tokens that occur
         sparse = len(cells.vectors) ** 2 < self.batch**2 * compact.vocabulary
         return compact._pairwise(cells, cells, self.batch) if sparse else Sliced.gram(compact)
 
@@ -65,6 +66,7 @@ class Lookup(Sliced):
 
     def _cells(self) -> Cells:
         examples = torch.arange(self.batch, device=self.tokens.device)[:, None]
+        # a token that an example has twice is one cell: its vectors are summed before they are squared
         cells, cell = (examples * self.vocabulary + self.tokens).unique(return_inverse=True)
         vectors = self.d.new_zeros(len(cells), self.d.shape[2]).index_add_(0, cell.flatten(), self.d.flatten(0, 1))
         return Cells(cells // self.vocabulary, cells % self.vocabulary, vectors)

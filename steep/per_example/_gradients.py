@@ -94,6 +94,7 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) ->
         batch: number of examples.
     """
     params = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    # the layer runs again whenever a block is asked for, and must then still be what it was
     before = [p._version for p in params.values()]
     batched = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == batch}
 
@@ -110,6 +111,7 @@ def local(layer: nn.Module, inputs: dict[Any, Any], grad: Tensor, batch: int) ->
         if before != [p._version for p in params.values()]:
             raise RuntimeError(f"a parameter of a {type(layer).__name__} was changed while its rows were still in use")
         chosen = slice(examples.start, examples.stop)
+        # several losses per example: consecutive rows of `grad` share the example's inputs
         its = (
             chosen
             if batch == len(grad)

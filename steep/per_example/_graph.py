@@ -98,12 +98,14 @@ class Trace:
             call.batch, call.last = len(losses), last
         hooks = [broadcast.node.register_prehook(broadcast.receive) for broadcast in self.broadcasts]
         try:
+            # given inputs, autograd skips what does not lead to them: the weight gradients of the recorded layers
             inputs = [*self.ends, *self.leaves]
             torch.autograd.grad(losses, inputs, torch.ones_like(losses), retain_graph=keep, allow_unused=True)
             for call in self.calls:
                 call.finish()
             return [part for tap in self.taps for part in tap.parts]
         finally:
+            # the hooks stay on the graph, and must sleep in the user's own backward
             for call in self.calls:
                 call.batch, call.grads, call.parts = None, {}, []
             for hook in hooks:
@@ -115,6 +117,7 @@ class Trace:
         if not edges:
             return []
         one_hot = torch.eye(columns, dtype=losses.dtype, device=losses.device)[:, None].expand(-1, batch, -1)
+        # all but the last column in one batched backward, with the graph kept
         most = for_each(losses, edges, one_hot[:-1]) if columns > 1 else [None] * len(edges)
         final = torch.autograd.grad(losses, edges, one_hot[-1], retain_graph=keep, allow_unused=True)
         found: dict[Call | Broadcast, list[dict[int, Tensor]]] = {tap: [{} for _ in one_hot] for tap in self.taps}
@@ -152,6 +155,7 @@ def trace(losses: Tensor, key: object, accepts: Callable[[Call], bool], names: d
         if verdicts.get(call):
             edges = [GradientEdge(node, output_nr) for output_nr in outputs]
             found.edges += zip(repeat(call), outputs.values(), edges, strict=False)
+            # go on below the call's inputs: what lies between them and its outputs is the record's to describe
             todo += call.upstream
             found.ends += [] if call.upstream else edges[:1]
             continue
@@ -185,10 +189,12 @@ def _leaf(node: Any) -> Tensor:
 
 def _broadcast(node: Any, edge: tuple[Any, int], batch: int, names: dict[Tensor, str]) -> Broadcast | None:
     child, nr = edge
+    # with another alpha the gradient of the value is not that of the sum
     if child is None or node.name() not in BROADCASTING or getattr(node, "_saved_alpha", 1) != 1:
         return None
     shape, batched = child._input_metadata[nr].shape, node._input_metadata[0].shape
     lacks_batch = len(shape) < len(batched) or shape[0] == 1
+    # in a batch of one, a value without a batch dimension cannot be told from one with it
     if batch == 1 or not batched or batched[0] != batch or not lacks_batch:
         return None
     params = tuple(dict.fromkeys(leaf for leaf in _leaves(child) if leaf in names))

@@ -73,6 +73,7 @@ def cross(left: Part, right: Part) -> Tensor:
         return torch.cat([cross(left, part) for part in right.parts], 1)
     if type(left) is type(right):
         return left.cross(right)
+    # such as a layer left to autograd in one of the passes only
     return sum(_explicit(*pair) for pair in zip(left.split(), right.split(), strict=True))  # type: ignore[return-value]
 
 

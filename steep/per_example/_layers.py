@@ -65,6 +65,7 @@ def rule_of(layer: nn.Module) -> Rule | None:
     """The closed form of a layer, or `None`: no rule, an overridden `forward`, or weights that are computed."""
     for kind in type(layer).__mro__:
         if kind in RULES:
+            # a subclass with a forward of its own may do anything with the weights
             described = type(layer).forward is kind.forward and not _computes_weights(layer)
             return RULES[kind] if described and RULES[kind].covers(layer) else None
     return None

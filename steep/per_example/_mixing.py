@@ -2,8 +2,8 @@
 
 Rows are asked for where each loss depends on its own example. A value between model and losses that takes a gradient
 from the loss of one example and from those of others is shared by them. That is in order for what does not depend on
-the batch (weights, position embeddings), so only values are looked at that come from the batch the model was called
-with, as far as its first layers show it.
+the batch (weights, position embeddings), so only values that come from the batch the model was called with are
+tested, as far as its first layers show it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def refuse_mixing(losses: Tensor, key: object) -> None:
     below = _below(losses.grad_fn)
     fed = _fed(below, key, len(losses))
     edges = list(dict.fromkeys(edge for children in below.values() for edge in children if edge[0] in fed))
+    # two examples and not all: an operation over the batch mixes nearly any of them, and each costs two backwards
     for example in (0, -1) if edges else ():
         shared = _shared(losses, edges, example)
         if shared:
@@ -73,6 +74,7 @@ def _shared(losses: Tensor, edges: list[Edge], example: int) -> set[Edge]:
     of_one, of_others = (
         torch.autograd.grad(losses, inputs, w, retain_graph=True, allow_unused=True) for w in (own, 1 - own)
     )
+    # not reached is None: only what both backwards reach can be shared
     both = (
         (edge, a, b) for edge, a, b in zip(edges, of_one, of_others, strict=True) if a is not None and b is not None
     )

@@ -11,6 +11,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if len(left) < len(right):
         return matmul(right.mT, left.mT).mT
+    # rows that share a factor become one product of more rows, and the shared factor is not repeated
     few = left.reshape(len(right), -1, left.shape[2]) @ right
     return few.view(*left.shape[:2], -1)
 
@@ -26,6 +27,6 @@ def pairwise_is_cheaper(positions: int, outputs: int, inputs: int, batch: int, s
 
 def kernel(left: Tensor, right: Tensor, chosen: slice) -> Tensor:
     """Inner products of the positions (B, T, n) of some examples of `left` with those of all of `right`."""
-    here = left.double()
+    here = left.double()  # a Gram matrix has the square of the condition number
     there = here if right is left else right.double()
     return here[chosen].flatten(0, 1) @ there.flatten(0, 1).T

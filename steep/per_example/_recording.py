@@ -58,6 +58,7 @@ class Call:
     def holds(self, batch: int) -> bool:
         """Whether a dimension of the (first) output can be that of the examples."""
         shape, rule = self.shapes[0], self.rule
+        # these are run once more to make the parts, and would draw other numbers
         if (rule is None or rule.whole) and _draws(self.layer):
             return False
         if rule is None:
@@ -91,7 +92,7 @@ class Call:
         with torch.no_grad():
             parts = list(self._make_parts(inputs, given, batch))
         if last:
-            self.inputs = {}
+            self.inputs = {}  # the record lives as long as the graph: let go of the activations now
         return parts
 
     def _refuse_changes(self) -> None:
@@ -175,6 +176,7 @@ class Entrance(Watcher):
         self.lengths: dict[int, int] = {}
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        # called before the forward without an output, and after it with one: then the batch is forgotten
         given = () if output or torch.compiler.is_compiling() else tensors((args, kwargs))
         self.lengths = {memory: len(t) for t in given if t.ndim and (memory := _memory(t))}
 
@@ -215,6 +217,7 @@ class Recorder(Watcher):
             return
         given = list(tensors(inputs))
         upstream = [t.grad_fn or t for t in given if t.requires_grad]
+        # hangs on the graph: it dies with it, and the engine holds nothing of a forward
         call = Call(
             name=self.name,
             layer=layer,

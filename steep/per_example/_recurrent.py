@@ -106,6 +106,7 @@ def _scan(
     weight_ih, *others = (getattr(layer, name).detach() for name in names)
     bias_ih = others.pop(1) if layer.bias else None
     z = F.linear(x, weight_ih, bias_ih)
+    # gradients of the gates are those of z; in the first layer nothing else makes it require one
     z = z if z.requires_grad else z.requires_grad_()
     same = torch.eye(z.shape[2], dtype=z.dtype, device=z.device)
     weights = [same, others[0], torch.zeros_like(others[1]), others[1]] if layer.bias else [same, others[0]]

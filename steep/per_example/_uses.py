@@ -45,6 +45,7 @@ def combine(uses: Sequence[Sliced]) -> Sliced:
     linear = [use for use in uses if isinstance(use, Outer)]
     if len(linear) < len(uses):
         return Uses(uses[0].params[:1], uses)
+    # uses may share their inputs among the losses of an example to different degrees: take the least shared
     few = max(linear, key=lambda use: len(use.a))
     a = [use.a.repeat_interleave(len(few.a) // len(use.a), 0) if len(use.a) < len(few.a) else use.a for use in linear]
     return replace(linear[0], d=torch.cat([u.d for u in linear], 1), a=torch.cat(a, 1))
@@ -54,6 +55,7 @@ def assemble(parts: Sequence[Part], names: dict[Tensor, str], outside: set[Tenso
     """Sum the uses of each parameter, and give the parameters in `outside` to autograd."""
     uses = Counter(p for part in parts for p in part.params)
     shared = outside | {p for p, count in uses.items() if count > 1}
+    # a weight and its bias stay one part unless one of them is used elsewhere as well, or left to autograd
     split = [piece for part in parts for piece in (part.split() if shared & set(part.params) else (part,))]
     groups: defaultdict[Tensor, list[Any]] = defaultdict(list)
     for piece in split:

@@ -36,6 +36,7 @@ class Blocks(Part):
         gram = torch.zeros(self.batch, self.batch, dtype=torch.float64, device=self.params[0].device)
         for rows, left in self._matrices():
             gram[rows.start : rows.stop, rows.start : rows.stop] = left @ left.T
+            # computed anew for each pair, instead of held: that is what keeps the memory at two blocks
             for columns, right in self._matrices(before=rows.start):
                 products = left @ right.T
                 gram[rows.start : rows.stop, columns.start : columns.stop] = products
@@ -73,6 +74,7 @@ class Blocks(Part):
         return tuple(t.to(p.dtype).view(p.shape) for t, p in zip(flat, self.params, strict=True))
 
     def masked(self, masks: Sequence[Tensor]) -> Blocks:
+        # masks of masks multiply: a part may be restricted more than once
         old = self.masks or [torch.ones_like(mask) for mask in masks]
         return replace(self, masks=[mask * o.to(mask) for mask, o in zip(masks, old, strict=True)])
 

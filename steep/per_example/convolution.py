@@ -76,6 +76,7 @@ class Patches(Sliced):
             *(s * d for s, d in zip(steps, dilation, strict=True)),
             *(s * k for s, k in zip(steps, stride, strict=True)),
         ]
+        # overlapping patches as a view; `reshape` is what copies them
         view = x.as_strided((*x.shape[:2], *kernel, *self.positions), (n, c, *along))
         return view.reshape(len(x), groups, -1, prod(self.positions))
 
@@ -164,6 +165,7 @@ def _by_example(t: Tensor, batch: int) -> Tensor:
 def _weight_part(params: tuple[Tensor, ...], geometry: Geometry, x: Tensor, grad: Tensor, batch: int) -> Part:
     """The part of a weight (o, c / groups, *kernel): its gradients, or what they are made of if that is smaller."""
     patches = Patches(params, geometry, x, grad, batch)
+    # early layers have few weights and large images: their gradients take less memory than what they are made of
     small = batch * params[0].numel() <= x.numel() + grad.numel()
     return patches.dense() if small or geometry.groups > 1 else patches
 

@@ -70,7 +70,7 @@ class PerExample:
         self._check = self._unchecked = check
         self._unfit: set[str] = set()
         self._shared: set[str] = set()
-        self._key = object()
+        self._key = object()  # several engines may watch one model: each finds its own records on the graph
         entrance = Entrance()
         handles = [
             model.register_forward_pre_hook(entrance, with_kwargs=True),
@@ -106,11 +106,13 @@ class PerExample:
         found = trace(losses, self._key, lambda call: self._accepts(call, len(losses), names), names)
         self._expect({names[p] for value in found.broadcasts for p in value.params})
         outside = found.outside(names, self.left_to_autograd)
+        # the check and what is left to autograd take backwards of their own after this one
         keep = retain_graph or self._unchecked or bool(outside)
         parts = found.collect(losses, keep=keep, last=not retain_graph)
         rows = assemble(parts, names, outside, losses)
         if not rows.parts:
             raise ValueError(_NOTHING_TRAINS)
+        # None where gradients are not finite: nothing is known then, and the next batch is checked instead
         wrong = _differing(rows, losses, found.eps) if self._unchecked else None
         if wrong is None:
             return rows
@@ -193,6 +195,7 @@ def _differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
     Args:
         eps: rounding of the types that were computed in.
     """
+    # unequal weights, none near zero: rows in a wrong order do not pass, and no row is left out
     w = torch.linspace(0.5, 1.5, losses.numel(), dtype=losses.dtype, device=losses.device)
     gradients = torch.autograd.grad(losses, rows.params, w.view_as(losses), retain_graph=True, allow_unused=True)
     expected = {p: torch.zeros_like(p) if g is None else g for p, g in zip(rows.params, gradients, strict=True)}
@@ -201,6 +204,7 @@ def _differing(rows: Rows, losses: Tensor, eps: float) -> set[Tensor] | None:
         return None
     found = {p: g for part in rows.parts for p, g in _weighted(part, w)}
     eps = max(eps, torch.finfo(losses.dtype).eps)
+    # the absolute share is for parameters whose gradients cancel to nearly nothing
     relative, absolute = max(_TOLERANCE, eps**0.5), 10 * eps * total
     allowed = {p: relative * g.double().norm().item() + absolute for p, g in expected.items()}
     return {p for p, g in expected.items() if _distance(found.get(p), g) > allowed[p]}

@@ -131,7 +131,7 @@ class Sliced(Part):
         return (torch.cat(slices).view(self.params[0].shape),)
 
     def jvp(self, v: Sequence[Tensor]) -> Tensor:
-        matrix = v[0].reshape(height(v[0]), -1)
+        matrix = v[0].reshape(height(v[0]), -1)  # slices are of rows, and a 0-d parameter has one
         return sum(
             ((self.rows(rows) * matrix[rows]).sum((1, 2)).double() for rows in self.slices()), self._zeros(self.batch)
         )
@@ -224,11 +224,12 @@ class Outer(Sliced):
     def _pairwise(self, other: Outer) -> Tensor:
         """``(A A^T + 1) * (D D^T)`` over pairs of positions, summed over each pair of examples."""
         step = max(1, CHUNK // (self.share * self.positions * other.positions * other.batch))
+        # some examples at a time: all pairs of positions at once would be (B T)² numbers
         return torch.cat([self._pairs(slice(k, k + step), other) for k in range(0, len(self.a), step)])
 
     def _pairs(self, chosen: slice, other: Outer) -> Tensor:
         inputs = kernel(self.a, other.a, chosen)
-        inputs = inputs.add_(1) if self.has_bias else inputs
+        inputs = inputs.add_(1) if self.has_bias else inputs  # a bias is the weight of an input that is 1
         pairs = kernel(self.d, other.d, slice(chosen.start * self.share, chosen.stop * self.share))
         if self.share * other.share == 1:
             pairs.mul_(inputs)
@@ -240,6 +241,7 @@ class Outer(Sliced):
         return pairs.view(-1, self.positions, other.batch, other.positions).sum((1, 3))
 
     def squares(self) -> Tensor:
+        # with one position, |d aᵀ|² = |d|² |a|²: no gradient is needed
         if self.positions > 1:
             return super().squares() + (self._bias().squares() if self.has_bias else 0)
         a, d = (t.double().square().sum((1, 2)) for t in (self.a, self.d))

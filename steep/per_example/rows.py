@@ -130,7 +130,7 @@ class Rows:
 
     def fill(self, gradients: Callable[[], Sequence[Tensor | None]]) -> None:
         """Add gradients of one's own making, a tensor per parameter, to ``.grad`` as a backward pass does."""
-        with torch.enable_grad():
+        with torch.enable_grad():  # a rule may be called under no_grad, where nothing would be accumulated
             _Fill.apply(gradients, *self.params).backward()
 
     def lasting(self) -> Rows:
@@ -142,6 +142,7 @@ class Rows:
 
     def restrict(self, fraction: float, generator: torch.Generator) -> Rows:
         """The same with a random share of each layer's output neurons (and their biases) kept and zeros elsewhere."""
+        # by layer and height, so that a neuron's weights and its bias are kept or dropped together
         masks: dict[tuple[str, int], Tensor] = {}
 
         def mask(p: Tensor) -> Tensor:

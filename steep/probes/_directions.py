@@ -13,7 +13,7 @@ from steep.probes._weights import Direction, snapshot
 from steep.utils.validation import check_ranges, require
 
 _NORMALIZATIONS = ("none", "model", "layer", "filter", "weight")
-_TINY = 1e-10
+_TINY = 1e-10  # keeps a direction that is zero somewhere from becoming NaN there
 
 
 def normalized(direction: Direction, weights: Direction, how: str = "filter", order: float = 2) -> dict[str, Tensor]:
@@ -75,6 +75,7 @@ def random_directions(
     draw = torch.randn if distribution == "normal" else torch.rand
     weights, drawn = snapshot(model), list[Tensor]()
     for _ in range(count):
+        # drawn where the generator lives, then moved: the same seed gives the same directions on every device
         parts = [draw(w.shape, generator=generator, device=generator.device, dtype=w.dtype) for w in weights.values()]
         d = torch.cat([part.to(w.device).flatten() for part, w in zip(parts, weights.values(), strict=True)])
         for other in drawn:
@@ -109,7 +110,7 @@ def adam_step(model: nn.Module, optimizer: torch.optim.Optimizer, eps: float = 1
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where a training went, in the plane that holds most of it.
+    """Where a training run went, in the plane that holds most of its movement.
 
     Args:
         directions: orthonormal, by falling share.
@@ -136,7 +137,8 @@ def trajectory(snapshots: Sequence[Direction], count: int = 2) -> Trajectory:
     require("number of snapshots", len(snapshots), len(snapshots) > count, f"more than count={count}")
     end = flatten(snapshots[-1]).double()
     moves = torch.stack([flatten({name: s[name] for name in snapshots[-1]}).double() - end for s in snapshots])
-    squares, u = torch.linalg.eigh(moves @ moves.T)  # T x T, ascending
+    # the T x T matrix has the same eigenvalues as the P x P one, and T is small
+    squares, u = torch.linalg.eigh(moves @ moves.T)  # ascending
     squares, u = squares.flip(0).clamp(min=0), u.flip(1)
     if not squares[count - 1] > 1e-12 * squares[0]:
         raise ValueError(f"the snapshots span fewer than count={count} directions")

@@ -120,7 +120,7 @@ class HessianSpectrum:
         low, high = (float(f(self.mean.values)) for f in (torch.min, torch.max))
         width = math.sqrt(1e-5 * max(1.0, high - low)) if width is None else width
         grid = torch.linspace(low - 5 * width, high + 5 * width, bins, dtype=torch.float64)
-        axis.semilogy(grid, density(self.mean, grid, width) + 1e-10)
+        axis.semilogy(grid, density(self.mean, grid, width) + 1e-10)  # the logarithm of an empty stretch
         axis.set(xlabel="eigenvalue", ylabel="density", ylim=(1e-6, None))
 
     def picture(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Any:
@@ -159,6 +159,7 @@ def _hessian(model: nn.Module, loss: Loss) -> tuple[MatVec, int, torch.dtype]:
     weights = snapshot(model)
     if not weights:
         raise ValueError("the model has no parameter that trains")
+    # the graph is built here once, so the mode matters only now; products with vectors come later
     with evaluating(model):
         matvec = on_vectors(hessian(mean_loss(model, loss), weights), weights)
     flat = flatten(weights)

@@ -1,4 +1,4 @@
-"""Training by squared errors with a kernel that stays as it is: a linear equation, and its solution."""
+"""Training by squared errors with a kernel that does not change: a linear equation, and its solution."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ class KernelFlow:
         """Outputs after steps of gradient descent; `cross` and `start` as in `at`."""
         check_ranges({"steps": steps, "lr": lr}, {"steps": "[0, inf)", "lr": "(0, inf)"})
         z = lr * self.rates
+        # log1p is exact for the slow modes; above lr λ = 1 an error changes sign at each step, and has no logarithm
         learnt = torch.where(z < 0.5, -torch.expm1(steps * torch.log1p(-z)), 1 - (1 - z) ** steps)
         return self._outputs(learnt, steps * lr, cross, start)
 
     def _outputs(self, learnt: Tensor, time: float, cross: Tensor | None, start: Tensor | None) -> Tensor:
         """``start - cross α``; `learnt` is the share of the error along each mode that is gone."""
         moves = self.rates > _ROUNDING * len(self.rates) * self.rates[-1]
+        # lim q_t(λ) for λ -> 0 is t; an infinite time must not become inf * 0 there
         still = 0.0 if math.isinf(time) else time
         q = torch.where(moves, learnt / torch.where(moves, self.rates, 1.0), still)
         error = (self.start - self.targets).reshape(len(self.modes), -1)
@@ -87,6 +89,7 @@ def kernel_flow(kernel: Tensor, targets: Tensor, start: Tensor | None = None) ->
     start = torch.zeros_like(targets) if start is None else start
     _check_flow(kernel, targets, start)
     matrix = _matrix(kernel)
+    # symmetric up to rounding only, and eigh reads one triangle
     rates, modes = torch.linalg.eigh((matrix + matrix.T) / 2 / len(targets))
     return KernelFlow(kernel.double(), rates.clamp(min=0), modes, targets.double(), start.double())
 

@@ -17,7 +17,7 @@ def contours(axis: Any, axes: tuple[Tensor, ...], losses: Tensor, levels: int) -
     from matplotlib.colors import LogNorm
 
     low, high = float(losses.min()), float(losses.max())
-    high = high if high > low else low + 1
+    high = high if high > low else low + 1  # matplotlib refuses levels that do not increase
     log = low > 0
     between = np.geomspace(low, high, levels) if log else np.linspace(low, high, levels)
     norm = LogNorm(low, high) if log else None
@@ -31,7 +31,7 @@ def figure(draw: Callable[[Any], None], path: str | os.PathLike[str] | None) -> 
     drawn = Figure(figsize=(5, 4), layout="constrained")
     draw(drawn.subplots())
     if path is not None:
-        file = io.BytesIO()
+        file = io.BytesIO()  # drawn as a whole before a file is touched
         drawn.savefig(file, format=os.fspath(path).rpartition(".")[2], dpi=150)
         write_atomic(path, file.getvalue())
     return drawn

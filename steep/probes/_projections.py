@@ -57,6 +57,7 @@ def attention_projections(model: nn.Module) -> dict[str, list[Projection]]:
     groups: dict[str, list[Projection]] = {kind: [] for kind in "qkvo"}
     for name, parameter in model.named_parameters():
         dim = next((dim for pattern, dim in _FUSED if fnmatchcase("." + name, pattern)), None)
+        # with fewer heads for keys and values than for queries, the three parts are not equal
         if dim is not None and parameter.shape[dim] == 3 * parameter.shape[1 - dim]:
             for part, kind in enumerate("qkv"):
                 groups[kind].append(Projection(name, part, 3, dim))

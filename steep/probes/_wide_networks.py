@@ -105,6 +105,7 @@ def _quadrature(activation: _Activation, nodes: int, k: Tensor, a: Tensor, b: Te
     weights = weights / weights.sum()
     size = (a * b).sqrt()
     rho = torch.where(size > 0, k / size, 0.0).clamp(-1, 1)
+    # one node of z at a time: all pairs of nodes at once would be nodes² times the kernel
     second = torch.zeros(2, *k.shape, dtype=torch.float64)
     for z, w in zip(points, weights, strict=True):
         v = b.sqrt()[..., None] * (rho[..., None] * z + (1 - rho.square()).sqrt()[..., None] * points)

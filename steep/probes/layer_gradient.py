@@ -96,7 +96,7 @@ def layer_gradients(
     """Statistics of each example's gradient, layer by layer; the model is not trained and does not change.
 
     Args:
-        model: looked at in evaluation mode.
+        model: evaluated in evaluation mode.
         examples: anything that `loss` takes, one at a time.
         loss: ``loss(model, example)``, a number; `response_loss` for a language model.
         groups: by kind, a pattern of parameter names in the order of depth, such as ``{"q": "*.q_proj.weight"}``, or
@@ -154,6 +154,7 @@ def _statistics(gradient: Tensor, loss: float) -> Tensor:
     g = gradient.detach().flatten(1)
     if not g.isfinite().all():
         return torch.full((len(_STATISTICS),), torch.nan, dtype=torch.float64)
+    # there is no SVD in half precision, and float32 is precise enough for sums of singular values
     s = torch.linalg.svdvals(g if g.dtype == torch.float64 else g.float()).double()
     g, nuclear = g.double(), s.sum()
     found = (nuclear, g.norm(), s[0], s[0] / nuclear, nuclear / loss, g.mean(), g.max(), g.min())

@@ -1,8 +1,8 @@
-"""Pictures of the loss around a model, along lines or planes through its weights; and the shape of the Hessian's
-spectrum, of which two numbers tell how well the model fits the data it is looked at with.
+"""Pictures of the loss around a model, along lines or planes through its weights, and the density of the Hessian's
+eigenvalues, from which two criteria of the model's fit to the data are computed.
 
     landscape     L(θ + a d₁ + b d₂) on a grid; d: random, eigenvectors of the Hessian, moments of Adam, or the plane
-                  in which a training moved
+                  in which a training run moved
     filter norm   d_i <- d_i |θ_i| / |d_i| for every row i of a weight (one filter, one output), and every other tensor
     spectrum      nodes λ_i and weights w_i of the Hessian's density, by Lanczos from random signs, for each run
     criteria      r_e = |λ_min / λ_max|,    K_h^n = sum_{λ<0} |λ w|^n / sum_{λ>0} (λ w)^n,    means over the runs
@@ -94,9 +94,10 @@ class Landscape:
 
         Args:
             cap: larger losses are drawn as this.
-            points: of a training, (T, 2), as in `Trajectory`; drawn as its path.
+            points: of a training run, (T, 2), as in `Trajectory`; drawn as its path.
             levels: number of contours.
         """
+        # contours have no colour for NaN or infinity: such points are drawn as the worst finite loss
         worst = float(self.losses[self.losses.isfinite()].max())
         losses = self.losses.nan_to_num(nan=worst, posinf=worst)
         losses = losses if cap is None else losses.clamp(max=cap)
@@ -155,7 +156,7 @@ def landscape(
     evaluate = mean_loss(model, loss)
 
     def at(*factors: float) -> float:
-        moved = dict(weights)
+        moved = dict(weights)  # the model's own weights stay, so that nothing can be left half restored
         for factor, direction in zip(factors, directions, strict=True):
             moved |= {name: moved[name] + factor * d.to(moved[name]) for name, d in direction.items()}
         return float(evaluate(moved))

@@ -1,5 +1,5 @@
 """The neural tangent kernel: how much a gradient step on one example moves the model's output at another. While the
-kernel stays what it is, training by squared errors is a linear equation, whose solution is known at every time.
+kernel does not change, training by squared errors is a linear equation, whose solution is known at every time.
 
     Θ(x, x') = J(x) J(x')ᵀ                          J: the C outputs by the parameters, (C, P); Θ(x, x') is (C, C)
     cost  1/(2N) sum_i |f(x_i) - y_i|²              K = Θ(X, X) / N = U diag(λ) Uᵀ
@@ -9,7 +9,7 @@ kernel stays what it is, training by squared errors is a linear equation, whose 
 
 Each error along an eigenvector of K decays at its own rate λ. In the NTK parametrisation (`NTKMLP`: all weights from
 N(0, 1), divided by the root of the layer's inputs when used) the kernel at the start tends to a fixed one as the layers
-get wider, and does not move in training:
+get wider, and does not change during training:
 
     Σ¹ = x·x' / n + β²,   Σ' = E[σ(u) σ(v)] + β²,   Θ¹ = Σ¹,   Θ' = Θ E[σ'(u) σ'(v)] + Σ'        (u, v) ~ N(0, Σ)
 
@@ -17,7 +17,7 @@ Jacot, Gabriel and Hongler: Neural Tangent Kernel (arXiv 1806.07572). β = 0.1 a
 experiments use, in that parametrisation; in PyTorch's own the kernel grows with the width. No official code exists.
 
 What differs, and why:
-- The model is looked at in evaluation mode: with dropout or batch statistics there is no function to have a kernel.
+- The model is evaluated in evaluation mode: with dropout or batch statistics it is no fixed function of its input.
 - The kernel is the engine's Gram matrix, in float64: in float32 a kernel of some hundred examples is not definite.
 - Directions in which K is zero up to rounding do not move; without that, t = inf would divide by zero.
 """
@@ -104,6 +104,7 @@ def _trace(engine: PerExample, *f: Tensor) -> Tensor:
 
 
 def _full(engine: PerExample, *f: Tensor) -> Tensor:
+    # rows come example by example, outputs within them: (n, C, m, C) to (n, m, C, C)
     return _gram(engine, f).view(*f[0].shape, *f[-1].shape).transpose(1, 2)
 
 
@@ -151,7 +152,7 @@ class Drift:
 
 
 def kernel_drift(before: Tensor, after: Tensor) -> Drift:
-    """Compare the kernels of one model at two moments of a training, on the same inputs.
+    """Compare the kernels of one model at two moments of a training run, on the same inputs.
 
     Raises:
         ValueError: kernels of different shapes, or a first one that is zero.
@@ -175,7 +176,7 @@ class Linearised:
     Args:
         model: a copy of the model at the start.
         x: training inputs.
-        flow: its solved training.
+        flow: the solution of its training.
     """
 
     model: nn.Module
@@ -200,7 +201,7 @@ def linearised(model: nn.Module, x: Tensor, targets: Tensor) -> Linearised:
     Exact for a model that is linear in its parameters, and the better the wider a network is.
 
     Args:
-        model: looked at as it is now; later changes do not matter.
+        model: copied as it is now; later changes do not matter.
         x: training inputs, (n, ...).
         targets: (n, C), or (n,) for one output.
 
@@ -212,6 +213,7 @@ def linearised(model: nn.Module, x: Tensor, targets: Tensor) -> Linearised:
     """
     start = _outputs(model, x)
     y = targets.reshape(len(targets), -1)
+    # predictions at other inputs are made later, with the model as it is now
     return Linearised(copy.deepcopy(model), x, kernel_flow(empirical_ntk(model, x), y, start))
 
 

@@ -31,10 +31,10 @@ from torch import Tensor
 from steep.method import Method, Paper
 from steep.utils.validation import Ranges, check_ranges
 
-Function = Callable[[Tensor], Tensor]
+_Function = Callable[[Tensor], Tensor]
 
-RANGES: Ranges = {"gamma": "(0, inf)", "tol": "[0, inf)", "steps": "[0, inf)"}
-TRIALS = 40
+_RANGES: Ranges = {"gamma": "(0, inf)", "tol": "[0, inf)", "steps": "[0, inf)"}
+_TRIALS = 40
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Minimum:
 
 
 def minimize(
-    loss: Function,
+    loss: _Function,
     x: Tensor,
-    hessian: Function | None = None,
+    hessian: _Function | None = None,
     *,
     gamma: float = 1.0,
     metric: Tensor | None = None,
@@ -92,34 +92,36 @@ def minimize(
         >>> found.converged, bool((found.x - 1).abs().max() < 1e-7)
         (True, True)
     """
-    check_ranges({"gamma": gamma, "tol": tol, "steps": steps}, RANGES)
+    check_ranges({"gamma": gamma, "tol": tol, "steps": steps}, _RANGES)
     x = _vector(x)
     b = torch.eye(len(x), dtype=x.dtype, device=x.device) if metric is None else metric.to(x)
     root = _root(b, len(x))
     curvature = torch.func.hessian(loss) if hessian is None else hessian
     f, g = _value_and_gradient(loss, x)
+    # a trial may fail; a start may not, since there is no earlier point to go back to
     if not math.isfinite(f):
         raise ValueError(f"loss is {f} at the start: choose x where it is finite")
     if f != float(loss(x)):
         raise ValueError("loss differs between two calls at the same point: switch off dropout, take the full batch")
     losses, trials, size = [f], list[int](), _dual_norm(root, g)
     while size > tol and len(trials) < steps:
-        h = _matrix(curvature(x), len(x))
-        for halvings in range(TRIALS):
+        h = _matrix(curvature(x), len(x))  # once for all trials from this point
+        for halvings in range(_TRIALS):
             weight = 2.0**halvings * size / gamma
             found = _step(loss, x, g, h + weight * b)
             if found and f - found[1] >= _dual_norm(root, found[2]) ** 2 / (8 * weight):
                 break
-        else:
+        else:  # no trial was accepted: from here on, rounding would decide
             break
         x, f, g = found
+        # the powers of two are exact, so that doubling and halving leave no drift in gamma
         gamma, size = 2 * gamma / 2.0**halvings, _dual_norm(root, g)
         losses.append(f)
         trials.append(halvings + 1)
     return Minimum(x, tuple(losses), size, gamma, tuple(trials), size <= tol)
 
 
-def empirical_fisher(losses: Function) -> Function:
+def empirical_fisher(losses: _Function) -> _Function:
     """The mean of g gᵀ over the examples, as a function of x, from a function of x to their losses (n,)."""
 
     def matrix(x: Tensor) -> Tensor:
@@ -134,16 +136,16 @@ def zero(x: Tensor) -> Tensor:
     return x.new_zeros(len(x), len(x))
 
 
-def _step(loss: Function, x: Tensor, g: Tensor, system: Tensor) -> tuple[Tensor, float, Tensor] | None:
+def _step(loss: _Function, x: Tensor, g: Tensor, system: Tensor) -> tuple[Tensor, float, Tensor] | None:
     """Point, loss and gradient after a trial; `None` if the system is not positive definite."""
-    factor, failed = torch.linalg.cholesky_ex(system)
+    factor, failed = torch.linalg.cholesky_ex(system)  # fails where H has a direction of negative curvature
     if failed:
         return None
     new = x - torch.cholesky_solve(g[:, None], factor).squeeze(1)
     return new, *_value_and_gradient(loss, new)
 
 
-def _value_and_gradient(loss: Function, x: Tensor) -> tuple[float, Tensor]:
+def _value_and_gradient(loss: _Function, x: Tensor) -> tuple[float, Tensor]:
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         value = loss(point)

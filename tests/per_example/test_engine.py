@@ -394,7 +394,7 @@ def test_rows_of_two_forwards_together():
 
 @pytest.mark.parametrize("deferred", [False, True])
 def test_a_compiled_model(deferred):
-    """Compiled in pieces where the layers' hooks are; as a whole, and left to autograd, where they came too late."""
+    """Compiled in pieces where the layers' hooks are; as a whole, and left to autograd, where they came after it."""
     torch._dynamo.reset()
     model, x = mlp(3, 6, 2), torch.randn(5, 3, dtype=torch.float64)
     compiled = torch.compile(model, backend="aot_eager")

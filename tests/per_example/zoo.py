@@ -93,7 +93,7 @@ def convolution_with_groups_stride_dilation():
 
 
 @entry
-def late_convolution_kept_as_patches():
+def deep_convolution_kept_as_patches():
     return nn.Conv2d(6, 10, (3, 2), dilation=(1, 2), padding=(1, 0)), images(6, 3, 4)
 
 

@@ -1,4 +1,4 @@
-"""The tangent kernel against Jacobians written out, and its solved training against trainings that really ran."""
+"""The tangent kernel against Jacobians written out, and its predictions of training against real training runs."""
 
 import copy
 import math
