@@ -34,7 +34,7 @@ from steep.loop.training import NonFinite, Training, accelerator
 from steep.method import Choice, Method, Range
 from steep.recipe import Budget, Recipe
 from steep.requires import REQUIREMENTS
-from steep.testing import handles, optimizers
+from steep.testing import handles, optimizers, rules
 from steep.utils.randomness import stream_seed
 
 STEPS = 24  # three epochs, so that memories of an earlier epoch and phases of a schedule come into play
@@ -106,11 +106,17 @@ def checks(method: Method) -> Iterator[tuple[str, Check]]:
     subject = Subject(method)
     for check in wanted:
         yield check.__name__, functools.partial(check, subject)
-    contracts: Sequence[Callable[[Method], None]] = handles.CHECKS if method.changes == "models" else ()
-    if isinstance(method.make, type) and issubclass(method.make, torch.optim.Optimizer):
-        contracts = optimizers.CHECKS
-    for contract in contracts:
+    for contract in _contract(method):
         yield contract.__name__, functools.partial(contract, method)
+
+
+def _contract(method: Method) -> Sequence[Callable[[Method], None]]:
+    """The checks of the PyTorch type that a method is of."""
+    if isinstance(method.make, type) and issubclass(method.make, torch.optim.Optimizer):
+        return optimizers.CHECKS
+    if method.changes == "models":
+        return handles.CHECKS
+    return rules.CHECKS if method.changes == "backward" and method.apply is None else ()
 
 
 def check_method(method: Method) -> None:

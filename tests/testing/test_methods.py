@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 import steep
 from steep.recipe import Mean
@@ -77,6 +78,51 @@ class Careless(Sound):
         self.factor = factor if isinstance(factor, float) and factor > 0 else 2.0
 
 
+class Overwriting(Sound):
+    __doc__ = Sound.__doc__
+
+    def __init__(self, model, factor=2.0):
+        super().__init__(model, factor)
+        self.model = model
+
+    def __call__(self, losses, *, scale=1.0):
+        self.model.zero_grad()
+        super().__call__(losses, scale=scale)
+
+
+class Unscaled(Sound):
+    __doc__ = Sound.__doc__
+
+    def __call__(self, losses, *, scale=1.0):
+        super().__call__(losses)
+
+
+class Stepping(Overwriting):
+    __doc__ = Sound.__doc__
+
+    def __call__(self, losses, *, scale=1.0):
+        Sound.__call__(self, losses, scale=scale)
+        torch.optim.SGD(self.model.parameters(), lr=0.1).step()
+
+
+class Unassuming(Sound):
+    """Says that it requires a vector, and takes a mean too.
+
+    Args:
+        model: of the losses.
+        factor: multiplies the gradient, > 0.
+    """
+
+    requires = frozenset({"losses"})
+
+
+class Empty(Sound):
+    __doc__ = Sound.__doc__
+
+    def __call__(self, losses, *, scale=1.0):
+        pass
+
+
 def entry(make):
     return steep.Method(id="faulty", paper=steep.Paper("none", url="https://none"), changes="backward", make=make)
 
@@ -95,6 +141,11 @@ def test_a_sound_method_passes():
         (DeadFlag, "every_flag_has_an_effect", r"changing \['unused'\] changes nothing"),
         (Undocumented, "documented", r"does not say what \['factor'\] are"),
         (Careless, "refuses_bad_values", "accepts what it cannot use"),
+        (Overwriting, "adds_to_gradients", "does not add"),
+        (Unscaled, "is_linear_in_its_scale", "not a quarter"),
+        (Stepping, "leaves_parameters_alone", "moves the parameters"),
+        (Unassuming, "refuses_a_mean_where_it_requires_a_vector", "accepts the mean loss"),
+        (Empty, "fills_gradients", "leaves every gradient empty"),
     ],
 )
 def test_each_fault_is_found(make, check, says):
