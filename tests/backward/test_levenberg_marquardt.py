@@ -235,16 +235,6 @@ def test_a_loss_that_is_not_finite_gives_nan_as_an_ordinary_backward_does():
     assert direction(model, lambda: model(x).squeeze(-1)).isnan().any()
 
 
-def test_scale_and_accumulation():
-    model, x = net(3, 4, 1), torch.randn(5, 3).double()
-    once = direction(model, lambda: model(x).squeeze(-1), adapt=1.0)
-    rule = LevenbergMarquardt(model, adapt=1.0)
-    model.zero_grad()
-    rule(model(x).squeeze(-1), scale=0.25)
-    rule(model(x).squeeze(-1), scale=0.75)
-    torch.testing.assert_close(flat(p.grad for p in model.parameters()), once)
-
-
 def test_without_adaptation_neither_closure_nor_step_is_needed():
     model, x = nn.Linear(2, 1), torch.randn(4, 2)
     rule = LevenbergMarquardt(model, damping=0.5, adapt=1.0)
