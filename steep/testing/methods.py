@@ -221,7 +221,7 @@ def every_flag_has_an_effect(subject: Subject) -> None:
 
 
 def performance_flags_change_nothing(subject: Subject) -> None:
-    for name in subject.method.performance_flags:
+    for name in subject.method.performance_flags - {"compile"}:  # kernels take seconds to build: tests of their own
         for value in _others(subject.method, name):
             other = subject.trajectory(**{name: value})
             _assert_close(other, subject.default, f"{name}={value!r} changes the result")
