@@ -46,7 +46,10 @@ def example(method):
     if not block:
         return ""
     lines, name = textwrap.dedent(block[1]).strip(), f"import {method.make.__name__}"
-    imported = "" if name in lines else f">>> from {method.make.__module__} {name}\n"
+    place = method.make.__module__
+    if place.rpartition(".")[2] != method.make.__name__:  # else the package's attribute is the file, not the function
+        place = ".".join(place.split(".")[:2])
+    imported = "" if name in lines else f">>> from {place} {name}\n"
     return f"```pycon\n{imported}{lines}\n```"
 
 
