@@ -383,3 +383,11 @@ def test_entries():
     assert found["sgdp"] is adamp.sgdp_method
     assert found["adamp"].paper == found["sgdp"].paper
     assert found["sgdp"].hyper["momentum"] == 0.9
+
+
+def test_defaults_are_the_authors():
+    shared = {"eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1, "maximize": False, "foreach": None, "compile": False}
+    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2, "nesterov": False}
+    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 1e-5, "nesterov": True}
+    assert AdamP([torch.zeros(1)]).defaults == {**shared, **adam}
+    assert SGDP([torch.zeros(1)]).defaults == {**shared, **sgd}
