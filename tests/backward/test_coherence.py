@@ -1,6 +1,6 @@
 """Coherence: against NumPy and an explicit loop over the examples, limits, exact values of the metric, bad input."""
 
-import io
+import dataclasses
 import warnings
 
 import numpy as np
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steep.backward.coherence import AVERAGES, CoherentGradient, _clipped, _winsorized_mean, m_coherence
+from steep.backward.coherence import AVERAGES, CoherentGradient, _clipped, _winsorized_mean, m_coherence, method
 from steep.per_example import autodiff, parts
+from steep.testing import rules
 
 
 @pytest.fixture(autouse=True)
@@ -200,37 +201,23 @@ def test_median_of_3_of_fewer_examples_is_the_mean(size):
     torch.testing.assert_close(found, plain)
 
 
-def test_rolling_takes_the_last_three_batches_and_survives_saving():
+def test_rolling_takes_the_last_three_batches():
     model = nn.Linear(4, 1).double()
     rule, means = CoherentGradient(model, "rolling"), []
-    for step in range(6):
+    for _ in range(6):
         x = torch.randn(5, 4).double()
         means.append(grads(model, lambda v: v.mean().backward(), model(x).squeeze(1).square()).numpy())
         found = grads(model, rule, model(x).squeeze(1).square())
         torch.testing.assert_close(found, torch.from_numpy(np.median(means[-3:], axis=0)), rtol=1e-9, atol=1e-12)
-        if step == 3:
-            file = io.BytesIO()
-            torch.save(rule.state_dict(), file)
-            file.seek(0)
-            rule = CoherentGradient(model, "rolling")
-            rule.load_state_dict(torch.load(file, weights_only=True))
 
 
 # ---- a backward rule
 
 
-@pytest.mark.parametrize("average", AVERAGES)
-def test_adds_to_grad_times_the_scale_and_leaves_the_rest_alone(average):
-    model = nn.Linear(4, 2).double()
-    model.register_parameter("spare", nn.Parameter(torch.ones(2).double()))
-    model.bias.requires_grad_(False)
-    x, rule = torch.randn(6, 4).double(), CoherentGradient(model, average, clip=0.2)
-    rule(model(x).square().sum(1))
-    once = model.weight.grad.clone()
-    rule(model(x).square().sum(1), scale=0.5)
-    torch.testing.assert_close(model.weight.grad, 1.5 * once)
-    assert model.bias.grad is None
-    assert model.spare.grad is None
+@pytest.mark.parametrize("check", rules.CHECKS)
+@pytest.mark.parametrize("settings", [{"average": "median-of-3"}, {"average": "rolling"}], ids=str)
+def test_rule_keeps_the_contract_in_every_setting(settings, check):
+    check(dataclasses.replace(method, preset={**method.preset, **settings}))
 
 
 @pytest.mark.parametrize(
@@ -247,10 +234,8 @@ def test_options_out_of_range(option, message):
         CoherentGradient(nn.Linear(1, 1), **option)
 
 
-def test_a_scalar_is_refused():
+def test_losses_that_are_no_vector_are_refused():
     model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="CoherentGradient needs one loss per example, but got a scalar"):
-        CoherentGradient(model)(model(torch.randn(4, 2)).mean())
     with pytest.raises(ValueError, match=r"CoherentGradient needs losses of shape \(B,\), got \(4, 1\)"):
         CoherentGradient(model)(model(torch.randn(4, 2)))
     with pytest.raises(ValueError, match=r"m_coherence needs losses of shape \(B,\), got \(4, 1\)"):

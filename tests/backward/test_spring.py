@@ -1,7 +1,5 @@
 """SPRING: against NumPy, Kaczmarz's projection, the damped solve, its momentum, state, bad input."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -102,47 +100,9 @@ def test_squares_with_kappa_1_are_the_same_conditions():
     torch.testing.assert_close(squares, signed, rtol=1e-8, atol=1e-10)
 
 
-def test_unused_and_frozen_parameters_are_left_alone():
-    model = net()
-    model.spare = nn.Parameter(torch.ones(2).double())
-    model[0].bias.requires_grad_(False)
-    rule = Spring(model)
-    rule(model(torch.randn(4, 3).double()).squeeze(-1))
-    assert model[0].bias.grad is None
-    assert model.spare.grad is None or not model.spare.grad.any()
-
-
-def test_the_direction_survives_saving():
-    model, x = net(), torch.randn(6, 3).double()
-    rule = Spring(model)
-    rule(model(x).squeeze(-1))
-    file = io.BytesIO()
-    torch.save(rule.state_dict(), file)
-    file.seek(0)
-    again = Spring(model)
-    again.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(grads(model, again, model(x).squeeze(-1)), grads(model, rule, model(x).squeeze(-1)))
-
-
-def test_scale_multiplies_the_gradient_and_not_the_memory():
-    model, x = net(), torch.randn(6, 3).double()
-    one, half = Spring(model), Spring(model)
-    whole = grads(model, one, model(x).squeeze(-1))
-    model.zero_grad()
-    half(model(x).squeeze(-1), scale=0.5)
-    torch.testing.assert_close(flat(p.grad for p in model.parameters()), whole / 2)
-    torch.testing.assert_close(flat(half.direction.values()), flat(one.direction.values()))
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("damping", 0.0), ("momentum", 1.0), ("kappa", 0.0), ("constraint", 0.0), ("momentum", "x")]
 )
 def test_hyper_parameters_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Spring(nn.Linear(1, 1), **{name: value})
-
-
-def test_a_scalar_is_refused():
-    model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="Spring needs one loss per example, but got a scalar"):
-        Spring(model)(model(torch.randn(4, 2)).mean())
