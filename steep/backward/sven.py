@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from steep.backward._conditions import check_vector, conditions
 from steep.method import Method, Paper, log_uniform
 from steep.per_example import PerExample
-from steep.utils.validation import Ranges, check_ranges, require
+from steep.utils.validation import Ranges, check_ranges, require, require_whole
 
 RANGES: Ranges = {"rtol": "[0, 1)", "kappa": "(0, inf)", "param_fraction": "(0, 1]", "power": "[-1, 1]"}
 
@@ -102,9 +102,9 @@ class Sven:
         seed: int = 0,
     ):
         if rank is not None:
-            _check_count("rank", rank)
+            require_whole("rank", rank, 1)
         _check_solver(solver, rank)
-        _check_count("micro_batch", micro_batch)
+        require_whole("micro_batch", micro_batch, 1)
         check_ranges({"rtol": rtol, "kappa": kappa, "param_fraction": param_fraction, "power": power}, RANGES)
         self.rank, self.rtol, self.kappa, self.micro_batch = rank, rtol, kappa, micro_batch
         self.param_fraction, self.power, self.solver = param_fraction, power, solver
@@ -194,11 +194,6 @@ class Sven:
             f"Sven(rank={self.rank}, rtol={self.rtol}, kappa={self.kappa}, micro_batch={self.micro_batch}, "
             f"param_fraction={self.param_fraction}, power={self.power}, solver={self.solver!r})"
         )
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer >= 1")
 
 
 def _check_solver(solver: str, rank: int | None) -> None:

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from steep._layers import Layers, choose_layers, find_layers
 from steep.method import Method, Paper
 from steep.recipe import Mean
-from steep.utils.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require, require_whole
 
 ESTIMATORS = ("wta", "crs", "top-k", "uniform")
 
@@ -105,7 +105,7 @@ class WTACRS:
         seed: int = 0,
     ):
         check_ranges({"ratio": ratio, "floor": floor}, {"ratio": "(0, 1]", "floor": "[0, 1]"})
-        require("min_k", min_k, isinstance(min_k, int) and min_k >= 1, "a whole number >= 1")
+        require_whole("min_k", min_k, 1)
         require("estimator", estimator, estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}")
         self.ratio, self.min_k, self.estimator, self.cache, self.floor = ratio, min_k, estimator, cache, floor
         if not cache:

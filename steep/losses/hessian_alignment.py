@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from steep.linalg import rademacher
 from steep.method import Method, Paper, choice, log_uniform
-from steep.utils.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require, require_whole
 
 KINDS = ("hgp", "hutchinson", "exact")
 TWICE = "the head and the loss must be twice differentiable by the head's parameters"
@@ -102,8 +102,8 @@ class HessianAlignment(nn.Module):
         require("kind", kind, kind in KINDS, f"one of {', '.join(KINDS)}")
         weights = {"alpha": alpha, "beta": beta, "weight": weight}
         check_ranges(weights, dict.fromkeys(weights, "[0, inf)"))
-        for name, value, least in (("probes", probes, 1), ("anneal_steps", anneal_steps, 0)):
-            require(name, value, isinstance(value, int) and value >= least, f"a whole number >= {least}")
+        require_whole("probes", probes, 1)
+        require_whole("anneal_steps", anneal_steps, 0)
         self.theta = tuple(p for p in head.parameters() if p.requires_grad)  # in a tuple: not of this module's own
         if not self.theta:
             raise ValueError(f"the head ({type(head).__name__}) has no parameter that trains")

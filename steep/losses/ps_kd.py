@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steep.method import Method, Paper, uniform
+from steep.utils.validation import check_ranges, require_whole
 
 
 class PSKD(nn.Module):
@@ -72,10 +73,8 @@ class PSKD(nn.Module):
         super().__init__()
         sizes = {"num_examples": num_examples, "total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
         for name, value in sizes.items():
-            if not value >= 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if not 0 <= alpha_T <= 1:
-            raise ValueError(f"alpha_T={alpha_T} must lie in [0, 1]")
+            require_whole(name, value, 1)
+        check_ranges({"alpha_T": alpha_T}, {"alpha_T": "[0, 1]"})
         self.num_examples, self.steps_per_epoch, self.alpha_T = num_examples, steps_per_epoch, alpha_T
         self.epochs, self.steps = math.ceil(total_steps / steps_per_epoch), 0
         for name in ("previous", "current"):

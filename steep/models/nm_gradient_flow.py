@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from steep._layers import WEIGHTED, Layers, choose_layers, find_layers
 from steep.method import Method, Paper, choice, uniform
 from steep.models._handle import ParametrizedWeights
-from steep.utils.validation import require
+from steep.utils.validation import require, require_whole
 
 SCHEDULES = (
     "mask-decay-exponential",
@@ -283,8 +283,8 @@ def apply_nm_gradient_flow(
     """
     require("schedule", schedule, schedule in SCHEDULES, f"one of {SCHEDULES}")
     require("flow", flow, flow in FLOWS, f"one of {FLOWS}")
-    require("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
-    require("m", m, isinstance(m, int) and m >= 1, "a whole number >= 1")
+    require_whole("total_steps", total_steps, 1)
+    require_whole("m", m, 1)
     require("n", n, isinstance(n, int) and 1 <= n <= m, f"a whole number between 1 and m={m}")
     halving = m % n == 0 and (m // n).bit_count() == 1
     require("m", m, halving or schedule != "structure-decay-stepwise", f"n={n} times a power of two for {schedule!r}")

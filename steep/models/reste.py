@@ -40,7 +40,7 @@ from steep._layers import WEIGHTED, find_layers, is_called, matching
 from steep.method import Method, Paper, uniform
 from steep.models._handle import ParametrizedWeights
 from steep.models._signs import EDE, FDA, STE, ApproxSign, EstimatedSign, Estimator, ReSTE, sign
-from steep.utils.validation import nearest, require
+from steep.utils.validation import nearest, require, require_whole
 
 __all__ = ["EDE", "FDA", "STE", "ApproxSign", "Binarization", "Estimator", "ReSTE", "apply_reste"]
 
@@ -244,7 +244,7 @@ def apply_reste(
         >>> len(model[2].weight.unique())
         2
     """
-    require("total_steps", total_steps, isinstance(total_steps, int) and total_steps >= 1, "a whole number >= 1")
+    require_whole("total_steps", total_steps, 1)
     require("bits", bits, bits in BITS, f"one of {BITS}")
     require("clip", clip, clip is None or 0 < clip < math.inf, "positive and finite, or None")
     require("clip", clip, clip is None or bits != "32W1A", "None where weights stay real (32W1A)")

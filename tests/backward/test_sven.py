@@ -480,12 +480,12 @@ def test_repr():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"rank": 0}, "rank=0 must be an integer >= 1"),
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
         ({"rank": 1.5}, "rank=1.5 must be"),
         ({"rtol": -0.1}, r"rtol=-0.1 must lie in \[0, 1\)"),
         ({"rtol": 1.0}, "rtol=1.0 must lie"),
         ({"kappa": 0.0}, r"kappa=0.0 must lie in \(0, inf\)"),
-        ({"micro_batch": 0}, "micro_batch=0 must be an integer >= 1"),
+        ({"micro_batch": 0}, "micro_batch=0 must be a whole number of at least 1"),
         ({"param_fraction": 0.0}, r"param_fraction=0.0 must lie in \(0, 1\]"),
         ({"param_fraction": 1.1}, "param_fraction=1.1 must lie"),
         ({"power": 1.5}, r"power=1.5 must lie in \[-1, 1\]"),

@@ -447,9 +447,9 @@ def test_copies_with_their_model_go_their_own_ways(copied):
         ({"alpha": -1.0}, r"alpha=-1.0 must lie in \[0, inf\)"),
         ({"beta": float("nan")}, "beta=nan"),
         ({"weight": float("inf")}, "weight=inf"),
-        ({"probes": 0}, "probes=0 must be a whole number >= 1"),
+        ({"probes": 0}, "probes=0 must be a whole number of at least 1"),
         ({"probes": 2.5}, "probes=2.5"),
-        ({"anneal_steps": -1}, "anneal_steps=-1 must be a whole number >= 0"),
+        ({"anneal_steps": -1}, "anneal_steps=-1 must be a whole number of at least 0"),
     ],
 )
 def test_hyper_parameters_out_of_range(wrong, message):

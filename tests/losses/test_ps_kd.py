@@ -325,9 +325,9 @@ def test_copies_and_pickles_go_their_own_ways():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_examples": 0}, "num_examples=0 must be at least 1"),
-        ({"total_steps": 0}, "total_steps=0 must be at least 1"),
-        ({"steps_per_epoch": -1}, "steps_per_epoch=-1 must be at least 1"),
+        ({"num_examples": 0}, "num_examples=0 must be a whole number of at least 1"),
+        ({"total_steps": 0}, "total_steps=0 must be a whole number of at least 1"),
+        ({"steps_per_epoch": -1}, "steps_per_epoch=-1 must be a whole number of at least 1"),
         ({"alpha_T": 1.5}, r"alpha_T=1.5 must lie in \[0, 1\]"),
         ({"alpha_T": float("nan")}, "alpha_T=nan"),
     ],

@@ -584,7 +584,7 @@ def test_every_setting_changes_the_training_run(hyper):
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"total_steps": 0}, r"total_steps=0 must be a whole number >= 1"),
+        ({"total_steps": 0}, r"total_steps=0 must be a whole number of at least 1"),
         ({"total_steps": 9.5}, r"total_steps=9.5 must be"),
         ({"bits": "2W2A"}, r"bits='2W2A' must be one of \('1W32A', '1W1A', '32W1A'\)"),
         ({"estimator": "sigmoid"}, r"estimator='sigmoid' must be one of \('reste', 'ste'"),
