@@ -7,10 +7,11 @@ that are checked are the defaults and the method's `preset`; ``dataclasses.repla
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -58,21 +59,28 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def train(model: nn.Module, handle: Any, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Steps `first` to `last` of least squares, on batches that depend on the step alone."""
+def train(
+    model: nn.Module, handle: Any, optimizer: torch.optim.Optimizer, first: int, last: int, parts: int = 1
+) -> None:
+    """Steps `first` to `last` of least squares, on batches that depend on the step alone, in so many parts each."""
     for t in range(first, last):
-        numbers = torch.Generator().manual_seed(t)
-        x, y = torch.randn(8, 64, generator=numbers), torch.randn(8, 3, generator=numbers)
+        x, y = (some.chunk(parts) for some in _batch(model, t))
         optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
+        for inputs, targets in zip(x, y, strict=True):
+            ((model(inputs) - targets).square().mean() / parts).backward()
         optimizer.step()
         if hasattr(handle, "step"):
             handle.step()
 
 
+def _batch(model: nn.Module, step: int) -> tuple[Tensor, Tensor]:
+    dtype, numbers = next(model.parameters()).dtype, torch.Generator().manual_seed(step)
+    return torch.randn(8, 64, generator=numbers).to(dtype), torch.randn(8, 3, generator=numbers).to(dtype)
+
+
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
-    return model.eval()(torch.randn(8, 64, generator=torch.Generator().manual_seed(99)))
+    return model.eval()(_batch(model, 99)[0])
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -87,6 +95,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def structure(model: nn.Module) -> list[Any]:
     """Types of the modules, and the names of what they own, in order."""
     return [(type(m), list(m._parameters), list(m._buffers), list(m._modules)) for m in model.modules()]
+
+
+def weighted(model: nn.Module) -> list[Any]:
+    """Its layers that have weights."""
+    return [m for m in model.modules() if hasattr(m, "weight")]
 
 
 def refused(method: Method, model: nn.Module) -> bool:
@@ -202,12 +215,128 @@ def refuses_models_without_an_eligible_layer(method: Method) -> None:
 
 def changes_all_layers_or_none(method: Method) -> None:
     for model in models():
-        layer = [m for m in model if hasattr(m, "weight")][2]
-        prune.identity(layer, "weight")  # torch refuses to parametrize it
+        prune.identity(weighted(model)[2], "weight")  # torch refuses to parametrize it
         before, modules = snapshot(model), structure(model)
         if refused(method, model):
             assert structure(model) == modules, "changes some layers before it refuses another"
             assert same(model.state_dict(), before), "changes some layers before it refuses another"
+
+
+def stepping_touches_neither_parameters_nor_optimizer(method: Method) -> None:
+    for model in models():
+        handle, optimizer = apply(method, model), optimizer_of(model)
+        for t in range(STEPS if hasattr(handle, "step") else 0):
+            train(model, None, optimizer, t, t + 1)
+            parameters = list(model.parameters())
+            before: list[Any] = copy.deepcopy([(p.detach(), p.grad) for p in parameters])
+            state = copy.deepcopy(optimizer.state_dict()["state"])
+            handle.step()
+            assert list(map(id, model.parameters())) == list(map(id, parameters)), "step() makes other parameters"
+            for p, (weight, gradient) in zip(parameters, before, strict=True):
+                assert torch.equal(p, weight), "step() changes a parameter"
+                found: Any = p.grad
+                assert torch.equal(found, gradient), "step() changes a gradient"
+            for key, slots in optimizer.state_dict()["state"].items():
+                assert same(slots, state[key]), "step() changes the optimizer's state"
+
+
+def frozen_weights_stay(method: Method) -> None:
+    for model, other in zip(models(), models(), strict=True):
+        weights = [layer.weight for layer in weighted(model)]
+        before = [weight.detach().clone() for weight in weights]
+        for weight in weights:
+            weight.requires_grad_(False)
+        model.append(nn.Linear(3, 3))  # something must train
+        other.append(copy.deepcopy(model[-1]))
+        handle = apply(method, model)
+        apply(method, other)
+        assert torch.equal(outputs(model), outputs(other)), "leaves layers with frozen weights out"
+        train(model, handle, optimizer_of(model), 0, STEPS)
+        handle.remove()
+        assert all(map(torch.equal, weights, before)), "changes frozen weights"
+        assert not any(weight.requires_grad for weight in weights), "leaves frozen weights that train"
+
+
+def tied_weights_stay_tied(method: Method) -> None:
+    for model, untied in zip(models(), models(), strict=True):
+        layers, copies = weighted(model), weighted(untied)
+        with torch.no_grad():
+            copies[2].weight.copy_(copies[1].weight)
+        layers[2].weight = layers[1].weight
+        handle, parameters = apply(method, model), list(map(id, model.parameters()))
+        apply(method, untied)
+        assert torch.equal(outputs(model), outputs(untied)), "a tied weight computes something else than an equal one"
+        train(model, handle, optimizer_of(model), 0, STEPS)
+        handle.remove()
+        assert layers[2].weight is layers[1].weight, "weights that were tied are no longer"
+        assert sorted(map(id, model.parameters())) == sorted(parameters), "remove() leaves other parameters"
+
+
+def modes_are_the_users(method: Method) -> None:
+    for model, other in zip(models(), models(), strict=True):
+        apply(method, model.eval())
+        assert not any(m.training for m in model), "applying it puts layers into training mode"
+        apply(method, other)
+        assert all(m.training for m in other), "applying it puts layers into evaluation mode"
+        x, _ = _batch(model, 0)
+        assert torch.equal(model(x), other(x)), "computes something else in evaluation mode"
+
+
+def keeps_the_models_dtype(method: Method) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        for model, converted in zip(models(), models(), strict=True):
+            first, later = apply(method, model.to(dtype)), apply(method, converted)
+            for each, handle in ((model, first), (converted.to(dtype), later)):
+                train(each, handle, optimizer_of(each), 0, STEPS)
+                assert outputs(each).dtype == dtype, f"gives other outputs than {dtype}"
+                handle.merge()
+                assert all(t.dtype == dtype for t in each.state_dict().values()), f"leaves other weights than {dtype}"
+
+
+def accumulated_parts_are_the_whole_batch(method: Method) -> None:
+    # without biases, sums of signs are often zero up to rounding, and so are their signs in binary networks
+    for whole, parts in zip(models()[::2], models()[::2], strict=True):
+        for model, count in ((whole.double(), 1), (parts.double(), 4)):
+            train(model, apply(method, model), torch.optim.SGD(model.parameters(), lr=0.05), 0, STEPS, count)
+        assert close(whole.parameters(), parts.parameters()), "gradients of parts of a batch do not add up to its own"
+
+
+def per_example_gradients_average_to_the_batchs(method: Method) -> None:
+    for model in models()[::2]:
+        handle = apply(method, model.double())
+        train(model, handle, optimizer_of(model), 0, 1)
+        (x, y), parameters = _batch(model, 1), dict(model.named_parameters())
+        buffers = dict(model.named_buffers())
+        gradients = torch.autograd.grad((model(x) - y).square().mean(), list(parameters.values()))
+        each = torch.func.vmap(torch.func.grad(functools.partial(_loss, model, buffers)), (None, 0, 0))(
+            {name: p.detach() for name, p in parameters.items()}, x, y
+        )
+        assert close([each[name].mean(0) for name in parameters], gradients), "torch.func sees other gradients"
+
+
+def _loss(model: nn.Module, buffers: dict[str, Tensor], parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (torch.func.functional_call(model, (parameters, buffers), (x[None],)) - y[None]).square().mean()
+
+
+def compiles_to_one_graph_for_the_whole_schedule(method: Method) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    plain, model = models()[0].double(), models()[0].double()
+    train(plain, apply(method, plain), optimizer_of(plain), 0, STEPS)
+    handle, optimizer = apply(method, model), optimizer_of(model)
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    train(compiled, handle, optimizer, 0, STEPS)
+    assert len(graphs) == 1, f"the model is compiled {len(graphs)} times: its schedule is in the code"
+    assert close(plain.parameters(), model.parameters()), "trains differently once compiled"
+
+
+def close(a: Iterable[Tensor], b: Iterable[Tensor]) -> bool:
+    return all(torch.allclose(p, q, rtol=1e-7, atol=1e-9) for p, q in zip(a, b, strict=True))
 
 
 DEPENDING_ON_SETTINGS = (
@@ -215,6 +344,7 @@ DEPENDING_ON_SETTINGS = (
     merge_leaves_plain_modules_that_compute_the_same,
     state_survives_saving,
     copies_are_independent,
+    per_example_gradients_average_to_the_batchs,
 )
 CHECKS = (
     *DEPENDING_ON_SETTINGS,
@@ -223,4 +353,11 @@ CHECKS = (
     refuses_a_second_handle,
     refuses_models_without_an_eligible_layer,
     changes_all_layers_or_none,
+    stepping_touches_neither_parameters_nor_optimizer,
+    accumulated_parts_are_the_whole_batch,
+    frozen_weights_stay,
+    tied_weights_stay_tied,
+    modes_are_the_users,
+    keeps_the_models_dtype,
+    compiles_to_one_graph_for_the_whole_schedule,
 )

@@ -1,10 +1,7 @@
 """N:M sparsity: masks, schedules and gradients against their formulas, and against dense training and STE."""
 
-import copy
 import dataclasses
 import math
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -354,6 +351,21 @@ def test_handle_keeps_the_contract_in_every_setting(settings, check):
     check(dataclasses.replace(method, preset={"dense_fraction": 0.2, **settings}))
 
 
+@pytest.mark.parametrize("flow", [MASKED, STE])  # SR-STE adds to the gradient once for each part, as published
+def test_accumulated_parts_equal_the_whole_batch(flow):
+    handles.accumulated_parts_are_the_whole_batch(dataclasses.replace(method, preset=flow))
+
+
+@pytest.mark.parametrize("flow", FLOWS)
+def test_compiled_model_is_one_graph_for_the_whole_schedule(flow):
+    handles.compiles_to_one_graph_for_the_whole_schedule(dataclasses.replace(method, preset=flow))
+
+
+def test_stepping_touches_neither_parameters_nor_optimizer_while_the_pattern_tightens():
+    stepwise = dataclasses.replace(method, preset={"schedule": "structure-decay-stepwise"})
+    handles.stepping_touches_neither_parameters_nor_optimizer(stepwise)
+
+
 @pytest.mark.parametrize("schedule", SPARSE_SCHEDULES)
 @pytest.mark.parametrize("steps", [0, 4])
 def test_merge_before_the_end_writes_the_final_pattern_of_the_latent_weights(schedule, steps):
@@ -367,26 +379,6 @@ def test_merge_before_the_end_writes_the_final_pattern_of_the_latent_weights(sch
     assert torch.equal(model[0].weight, static if schedule == "static" and steps else wanted)
 
 
-def test_stepping_touches_neither_parameters_nor_optimizer():
-    model = mlp()
-    optimizer = adamw(model)
-    handle = apply_nm_gradient_flow(model, total_steps=8, schedule="structure-decay-stepwise")
-    flips = 0
-    for t in range(8):
-        train(model, None, optimizer, 1, first=t)
-        state, weights = copy.deepcopy(optimizer.state_dict()), dense_weights(model)
-        grads = [p.grad.clone() for p in model.parameters()]
-        before = model[0].weight != 0
-        handle.step()
-        flips += int((before != (model[0].weight != 0)).sum())
-        for key, slots in optimizer.state_dict()["state"].items():
-            same(slots, state["state"][key])
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights, strict=True))
-        assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
-        assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
-    assert flips > 0
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("flow", FLOWS)
 def test_dtypes_are_kept(dtype, flow):
@@ -397,15 +389,6 @@ def test_dtypes_are_kept(dtype, flow):
     assert handle.sparsity_report()["0"] == 0.0
     train(model, handle, sgd(model), 1, dtype=dtype)
     assert (kept(model[0].weight, 8) == 1).all()
-
-
-def test_converting_the_model_converts_the_masks():
-    model = mlp(dtype=torch.float32)
-    handle = apply_nm_gradient_flow(model, total_steps=4, schedule="constant")
-    model.double()
-    train(model, handle, sgd(model), 4)
-    assert model[0].weight.dtype == torch.float64
-    assert handle.steps == 4
 
 
 def test_frozen_weights_stay_and_are_masked():
@@ -425,54 +408,6 @@ def test_transposed_weight_memory_gives_the_same_masks():
     for m in (model, transposed):
         apply_nm_gradient_flow(m, total_steps=4, schedule="constant")
     assert torch.equal(model[0].weight, transposed[0].weight)
-
-
-@pytest.mark.parametrize("flow", [MASKED, STE])
-def test_accumulated_parts_equal_the_whole_batch(flow):
-    whole, parts = mlp(), mlp()
-    for model, k in ((whole, 1), (parts, 4)):
-        handle = apply_nm_gradient_flow(model, total_steps=6, **flow)
-        train(model, handle, sgd(model), 6, parts=k)
-    torch.testing.assert_close(latent(whole[0]), latent(parts[0]))
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_per_example_gradients_average_to_the_batch_gradient(flow):
-    model = mlp()
-    handle = apply_nm_gradient_flow(model, total_steps=10, **flow)
-    handle.step()
-    x, y = random(8, 64, seed=1), random(8, 3, seed=2)
-    F.mse_loss(model(x), y).backward()
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-
-    def loss(parameters, x, y):
-        return F.mse_loss(torch.func.functional_call(model, (parameters, buffers), (x[None],)), y[None])
-
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
-    for name, parameter in parameters.items():
-        torch.testing.assert_close(each[name].mean(0), parameter.grad)
-
-
-@pytest.mark.parametrize("flow", FLOWS)
-def test_compiled_model_is_one_graph_for_the_whole_schedule(flow):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    plain, compiled = mlp(), mlp()
-    for model, call in ((plain, plain), (compiled, torch.compile(compiled, backend=backend, fullgraph=True))):
-        handle = apply_nm_gradient_flow(model, total_steps=6, **flow)
-        optimizer = sgd(model)
-        for t in range(6):
-            optimizer.zero_grad()
-            call(random(8, 64, seed=t)).square().mean().backward()
-            optimizer.step()
-            handle.step()
-    assert len(graphs) == 1
-    torch.testing.assert_close(latent(plain[0]), latent(compiled[0]))
 
 
 # -- which layers -------------------------------------------------------------------------------------------------
@@ -625,25 +560,6 @@ def test_entry_wraps_another_method_on_the_model_and_requires_a_horizon():
     assert (kept(model[3].weight, 8) == 1).all()
     with pytest.raises(ValueError, match="horizon"):
         steep.fit(method(digits_recipe().replace(budget=steep.Budget(seconds=1))), progress=False)
-
-
-@pytest.mark.parametrize("schedule", ["mask-decay-exponential", "structure-decay-geometric", "static"])
-def test_interrupted_fit_goes_on_exactly(tmp_path, schedule):
-    recipe, calls = method(digits_recipe(), schedule=schedule, dense_fraction=0.2), []
-
-    def interrupting(output, target):
-        calls.append(1)
-        if len(calls) == 8:
-            os.kill(os.getpid(), signal.SIGINT)
-        return F.cross_entropy(output, target, reduction="none")
-
-    whole = steep.fit(recipe, progress=False)
-    path = tmp_path / "run.pt"
-    with pytest.raises(steep.Interrupted):
-        steep.fit(recipe.replace(loss=interrupting), checkpoint=path, progress=False)
-    resumed = steep.fit(recipe, checkpoint=path, progress=False)
-    assert whole.history.losses == resumed.history.losses
-    same(whole.model.state_dict(), resumed.model.state_dict())
 
 
 # -- does it help? ------------------------------------------------------------------------------------------------

@@ -123,6 +123,84 @@ class Idle(Sound):
         ParametrizedWeights.__init__(self, layers, Fading)
 
 
+class Decaying(Sound):
+    """Changes the latent weights themselves at every step."""
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for weight in self._latent():
+            weight.original.mul_(0.9)
+
+
+class Thawing(Sound):
+    """Trains what is frozen."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        for weight in self._latent():
+            weight.original.requires_grad_(True)
+
+
+class Selective(Sound):
+    """Leaves layers with frozen weights out."""
+
+    def __init__(self, model):
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+        trained = {name: m for name, m in layers.items() if m.weight.requires_grad}
+        ParametrizedWeights.__init__(self, trained, Opposite)
+
+
+class Opposite(Fading):
+    def forward(self, weight):
+        return -super().forward(weight)
+
+
+class Waking(Sound):
+    """Puts the model into training mode."""
+
+    def __init__(self, model):
+        super().__init__(model.train())
+
+
+class Widening(Sound):
+    """Leaves float32 whatever the model was."""
+
+    def merge(self):
+        layers = list(self.layers.values())
+        super().merge()
+        for layer in layers:
+            layer.weight.data = layer.weight.data.float()
+
+
+class Pushing(Sound):
+    """Adds to the gradient at every backward pass."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        for weight in self._latent():
+            weight.original.register_hook(lambda g: g + 0.1)
+
+
+class Baked(Sound):
+    """Has its place in the schedule in Python, where a compiler takes it for a constant."""
+
+    def __init__(self, model):
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+        ParametrizedWeights.__init__(self, layers, Constant)
+
+    def step(self):
+        for part in self._scheduled():
+            part.factor *= 0.9
+
+
+class Constant(Fading):
+    factor = 1.0
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
 def entry(make):
     return steep.Method(id="faulty", paper=steep.Paper("none", url="https://none"), changes="models", make=make)
 
@@ -148,6 +226,15 @@ def test_a_sound_handle_passes(check):
         (Twice, "refuses_a_second_handle", "applied twice"),
         (Idle, "refuses_models_without_an_eligible_layer", "no layer for it"),
         (Twice, "changes_all_layers_or_none", "some layers before"),
+        (Decaying, "stepping_touches_neither_parameters_nor_optimizer", "changes a parameter"),
+        (Thawing, "frozen_weights_stay", "changes frozen weights"),
+        (Selective, "frozen_weights_stay", "leaves layers with frozen weights out"),
+        (Remaking, "tied_weights_stay_tied", "no longer"),
+        (Waking, "modes_are_the_users", "training mode"),
+        (Widening, "keeps_the_models_dtype", "leaves other weights"),
+        (Pushing, "accumulated_parts_are_the_whole_batch", "do not add up"),
+        (Pushing, "per_example_gradients_average_to_the_batchs", "other gradients"),
+        (Baked, "compiles_to_one_graph_for_the_whole_schedule", "compiled [2-9] times"),
     ],
 )
 def test_each_fault_is_found(make, check, says):
