@@ -531,17 +531,6 @@ def test_the_loss_is_given_the_domain_of_every_example():
     assert torch.equal(ours, theirs)
 
 
-def test_a_late_loss_has_the_model_that_is_trained():
-    models = []
-
-    def build(run):
-        models.append(run.model)
-        return HessianAlignment(run.model.layers[-1], cross_entropy, run.generator, beta=1.0)
-
-    result = fitted(two_bit(loss=steep.deferred(build), score=cross_entropy))
-    assert result.model is models[0]
-
-
 def test_a_recipes_module_is_copied_for_every_run():
     class Counts(nn.Module):
         def __init__(self):
