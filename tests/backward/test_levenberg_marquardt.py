@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,3 +302,12 @@ def final(ours, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_fits_a_function_a_hundred_times_better_than_adam_with_three_times_the_steps(seed):
     assert final(True, seed) < final(False, seed) / 100
+
+
+@pytest.mark.parametrize(("gain", "end"), [(-1.0, 1e3), (1.0, 1e-6)])
+def test_the_damping_stays_between_its_ends(gain, end):
+    rule = LevenbergMarquardt(nn.Linear(1, 1))
+    for _ in range(60):
+        rule._pending = SimpleNamespace(gain=lambda: gain)
+        rule.step()
+    assert rule.damping == end

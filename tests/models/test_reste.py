@@ -661,3 +661,9 @@ def test_binary_networks_learn_what_rounding_a_trained_one_loses():
         assert weights > 0.93
         assert both > 0.9
         assert both - rounded > 0.05
+
+
+@pytest.mark.parametrize("bits", ["1W32A", "1W1A", "32W1A"])
+def test_a_handle_says_which_numbers_are_binary(bits):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    assert repr(apply_reste(model, bits=bits, total_steps=3)).startswith(f"Binarization({bits}, ")
