@@ -392,13 +392,13 @@ def test_rows_of_two_forwards_together():
     torch.testing.assert_close(rows.gram(), j @ j.T)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
-def test_a_compiled_model(deferred):
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_a_compiled_model(compiled_first):
     """Compiled in pieces where the layers' hooks are; as a whole, and left to autograd, where they came after it."""
     torch._dynamo.reset()
     model, x = mlp(3, 6, 2), torch.randn(5, 3, dtype=torch.float64)
     compiled = torch.compile(model, backend="aot_eager")
-    if deferred:
+    if compiled_first:
         compiled(x)
     engine, j = PerExample(model), jacobian(model, x)
     with warnings.catch_warnings(record=True) as told:
@@ -406,8 +406,8 @@ def test_a_compiled_model(deferred):
         for _ in range(2):
             rows = engine.rows(losses_of(compiled, x))
             torch.testing.assert_close(rows.gram(), j @ j.T)
-    assert {type(part).__name__ for part in rows.parts} == {"Blocks" if deferred else "Outer"}
-    assert any("each step takes" in str(w.message) for w in told) == deferred
+    assert {type(part).__name__ for part in rows.parts} == {"Blocks" if compiled_first else "Outer"}
+    assert any("each step takes" in str(w.message) for w in told) == compiled_first
 
 
 def test_two_losses_of_one_forward():
