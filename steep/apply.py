@@ -7,7 +7,6 @@ recipe's own ``loss``, the model's ``head``.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from steep.recipe import Recipe, Run, deferred
 from steep.roles import last_linear
+from steep.utils.signatures import required_arguments
 from steep.utils.validation import check_ranges
 
 FACTS: dict[str, Callable[[Recipe, Run], Any]] = {
@@ -42,10 +42,8 @@ def _head(model: Any) -> nn.Module:
 
 def facts(make: Callable[..., Any], recipe: Recipe, run: Run) -> dict[str, Any]:
     """The arguments without a default of a method's constructor that are facts of a run."""
-    parameters = inspect.signature(make).parameters.values()
     # what has a default is a hyper-parameter, even under the name of a fact
-    required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
-    return {name: FACTS[name](recipe, run) for name in required if name in FACTS}
+    return {name: FACTS[name](recipe, run) for name in required_arguments(make) if name in FACTS}
 
 
 def optimizer(recipe: Recipe, make: Callable[..., Any], **hyper: Any) -> Recipe:

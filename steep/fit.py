@@ -17,7 +17,7 @@ from steep.loop.measure import PeakMemory
 from steep.loop.saver import Saver
 from steep.loop.tracking import Log, as_log, logged
 from steep.loop.training import History, NonFinite, Training, accelerator
-from steep.recipe import Recipe
+from steep.recipe import COSTS, Recipe
 from steep.utils.randomness import stream_seed
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
@@ -131,7 +131,7 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool, 
 
 def _result(training: Training, memory: PeakMemory) -> Result:
     data, last = training.run.data, training.history.evaluations[-1]
-    val = {key: value for key, value in last.items() if key not in ("step", "examples", "seconds", "cpu_seconds")}
+    val = {key: value for key, value in last.items() if key not in COSTS}
     test = training.evaluate(data.test) if data.test is not None else val
     seconds, cpu_seconds = training.stopwatch.read()
     return Result(

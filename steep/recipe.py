@@ -66,7 +66,8 @@ class Budget:
         return min((n for n in (by_epochs, self.steps) if n is not None), default=None)
 
 
-RESERVED = ("loss", "step", "examples", "seconds", "cpu_seconds")  # what an evaluation holds beside the metric
+COSTS = ("step", "examples", "seconds", "cpu_seconds")  # what an evaluation holds beside its scores
+RESERVED = ("loss", *COSTS)
 
 
 @dataclass(frozen=True)

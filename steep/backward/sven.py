@@ -128,9 +128,7 @@ class Sven:
         residuals, slopes = conditions(means, self.kappa)
         weights = self._spread(slopes) / self.micro_batch
         gram = rows.gram() * weights * weights[:, None]
-        for _ in range(
-            2
-        ):  # grouping sums over the first dimension: once for the rows, and, transposed, for the columns
+        for _ in range(2):  # grouping sums over the first dimension: the rows, then, transposed, the columns
             gram = self._grouped(gram.reshape(*losses.shape, -1)).flatten(0, -2).T
         w = self._spread(self.solve(gram, residuals.flatten()).view_as(residuals)) * weights
         rows.backward(w * scale)

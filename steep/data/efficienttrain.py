@@ -163,7 +163,7 @@ class EfficientTrain(LoaderWrapper):
         self.steps, self.shrink = 0, _SHRINK[variant]
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        random = _own_generator()  # drawn anew each epoch, before the loader draws its order
+        random = _own_generator()  # seeded again each epoch, before the loader draws its order
         for x, *rest in self.loader:
             size, magnitude = self.curriculum.stage(self.steps // len(self), side(x))
             yield self.shrink(augment(x, magnitude, random), size), *rest

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from steep.loop.training import Training
+from steep.recipe import COSTS
 
 
 @contextmanager
@@ -42,9 +43,7 @@ def bar(training: Training, visible: bool) -> Iterator[Callable[[dict[str, float
         task = bar.add_task(training.recipe.name, total=training.run.horizon, completed=training.elapsed)
 
         def show(entry: dict[str, float]) -> None:
-            scores = "  ".join(
-                f"{k} {v:.4g}" for k, v in entry.items() if k not in ("examples", "seconds", "cpu_seconds", "step")
-            )
+            scores = "  ".join(f"{k} {v:.4g}" for k, v in entry.items() if k not in COSTS)
             bar.update(task, completed=training.elapsed, description=f"{training.recipe.name}  {scores}")
 
         yield show

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from steep.recipe import Run
+from steep.utils.signatures import required_arguments
 
 LENGTHS = ("total_steps", "T_max", "total_iters", "T_0")  # what torch's schedules call their length
 
@@ -47,8 +48,7 @@ def _given(factory: Callable[..., Any], name: str) -> bool:
 
 
 def _check_complete(kind: type, factory: Callable[..., Any], known: set[str]) -> None:
-    parameters = inspect.signature(factory).parameters.values()
-    missing = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.name not in known]
+    missing = [name for name in required_arguments(factory) if name not in known]
     if missing:
         given = ", ".join(f"{name}=..." for name in missing)
         raise TypeError(

@@ -16,8 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_availa
 from accelerate.utils import LoggerType
 
 from steep.loop.training import Training
-
-COST = ("step", "examples", "seconds", "cpu_seconds")  # of an evaluation; everything else in it is a score
+from steep.recipe import COSTS
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def logged(
 
     def evaluated(entry: dict[str, float]) -> None:
         show(entry)
-        send(_rates(training) | {f"val/{k}": v for k, v in entry.items() if k not in COST})
+        send(_rates(training) | {f"val/{k}": v for k, v in entry.items() if k not in COSTS})
 
     log.start(training)
     try:

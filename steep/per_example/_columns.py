@@ -83,6 +83,6 @@ def shared(columns: Sequence[Tensor], batch: int) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    # the same memory as a rule; other memory with equal values where inputs were padded anew for each column
+    # the same memory as a rule; other memory with equal values where each column has its own padded copy of the inputs
     place = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
     return place or torch.equal(a, b)

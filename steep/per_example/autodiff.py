@@ -36,7 +36,7 @@ class Blocks(Part):
         gram = torch.zeros(self.batch, self.batch, dtype=torch.float64, device=self.params[0].device)
         for rows, left in self._matrices():
             gram[rows.start : rows.stop, rows.start : rows.stop] = left @ left.T
-            # computed anew for each pair, instead of held: that is what keeps the memory at two blocks
+            # recomputed for each pair instead of stored: that is what keeps the memory at two blocks
             for columns, right in self._matrices(before=rows.start):
                 products = left @ right.T
                 gram[rows.start : rows.stop, columns.start : columns.stop] = products

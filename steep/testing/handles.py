@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from steep.method import Method
+from steep.utils.signatures import required_arguments
 
 STEPS = 6
 
@@ -50,9 +50,8 @@ def _convolutional(bias: bool) -> nn.Sequential:
 
 def apply(method: Method, model: nn.Module) -> Any:
     """The method's handle of a model."""
-    _, *others = inspect.signature(method.make).parameters.values()
-    required = [p.name for p in others if p.default is inspect.Parameter.empty]
-    return method.make(model, **{name: ARGUMENTS[name]() for name in required}, **method.preset)
+    _, *others = required_arguments(method.make)
+    return method.make(model, **{name: ARGUMENTS[name]() for name in others}, **method.preset)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
