@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from steep.batches import Batch, Data, Indexed, dirichlet_clients, split_loaders, tensor_loader
+from steep.batches import Batch, Indexed, adapt, as_batch
 from steep.fit import Result, fit
 from steep.loop.checkpoint import CheckpointError
 from steep.loop.eval_weights import eval_weights
@@ -25,6 +25,7 @@ from steep.method import (
 from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, deferred
 from steep.requires import UnmetRequirement
 from steep.roles import param_roles
+from steep.splits import Data, dirichlet_clients, split_loaders, tensor_loader
 from steep.tasks import task
 from steep.version import __version__
 
@@ -53,6 +54,8 @@ __all__ = [
     "UnmetRequirement",
     "__version__",
     "accuracy",
+    "adapt",
+    "as_batch",
     "choice",
     "compare",
     "compose",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep.batches import Data
+from steep.splits import Data
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steep.batches import Batch, Data
+from steep.batches import Batch
+from steep.splits import Data
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ REQUIREMENTS: dict[str, Requirement] = {
     "tasks": Requirement("a dict of loss vectors, one per task", "return {'task': losses, ...} from the loss", _yes),
     "indices": Requirement(
         "the index of every example in the training set",
-        "let the training loader yield (x, y, indices): wrap its dataset in steep.batches.Indexed",
+        "let the training loader yield (x, y, indices): wrap its dataset in steep.Indexed",
         lambda facts: facts.batch.indices is not None,
     ),
     "val_batch": Requirement(
@@ -100,7 +101,7 @@ REQUIREMENTS: dict[str, Requirement] = {
     ),
     "clients": Requirement(
         "training data divided among clients",
-        "give the recipe's Data a `clients` tuple, e.g. with steep.batches.dirichlet_clients",
+        "give the recipe's Data a `clients` tuple, e.g. with steep.dirichlet_clients",
         lambda facts: len(facts.data.clients) > 0,
     ),
 }
@@ -143,3 +144,18 @@ def check_losses(losses: Tensor, size: int, *, required_by: str | None = None) -
             "reduce every other dimension inside the loss, e.g. losses.flatten(1).mean(1)"
         )
     return losses
+
+
+def weighted(losses: Tensor, weights: Tensor) -> Tensor:
+    """Losses times the weights of their examples, both (B,).
+
+    Raises:
+        ValueError: a loss that is not one number per example, or weights that are not.
+    """
+    if not isinstance(losses, Tensor) or losses.shape != weights.shape:
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"weights of shape {tuple(weights.shape)} need one loss per example, shape ({len(weights)},), but the loss "
+            f"returned {found}: {REQUIREMENTS['losses'].remedy}"
+        )
+    return losses * weights.to(losses.dtype)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import steep
-from steep.batches import Batch, _dirichlet, count_examples
+from steep.batches import Batch
 from steep.loop.measure import Stopwatch
 from steep.loop.modes import evaluating
 from steep.loop.scoring import score
+from steep.splits import _dirichlet, count_examples
 from steep.utils.files import write_atomic
 from steep.utils.randomness import Stream, stream_seed
 

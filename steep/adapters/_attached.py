@@ -67,6 +67,11 @@ class Attached:
             )
         check_requirements(name, requires & {"independent_examples"}, Facts(self.model, None, None))  # type: ignore[arg-type]
 
+    @property
+    def looks_at_batches(self) -> bool:
+        """Whether anything attached requires something of a batch."""
+        return bool(OF_THE_BATCH & self.requires)
+
     def look_at(self, batch: Batch) -> None:
         """Check the first batch for what the parts require, and give the indices to a rule that asks for them."""
         if "indices" in getattr(self.rule, "requires", ()):

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from steep.adapters._attached import ELSEWHERE, Attached
-from steep.adapters._batches import Dicts, Positions, Tuples, size_of
-from steep.batches import Batch
+from steep.adapters._batches import Batches, size_of
+from steep.batches import Batch, Indexed
 from steep.loop import checkpoint as checkpoints
 from steep.loop.training import requires_closure
 from steep.requires import UnmetRequirement
@@ -35,8 +35,8 @@ class SteepMixin(_Host):
             `compute_loss_func` is used, which should then return one number per example.
         parts: other objects with a `step()`, a state or requirements.
         sampler: ``sampler(dataset) -> Sampler`` of the training data.
-        data: ``data(loader) -> loader``: a method on batches (x, labels, ...) of the training loader, such as
-            ``lambda batches: EfficientTrain(batches, total_steps=...)``; x is the model's main input.
+        data: ``data(loader) -> loader``: a method on batches of the training loader, such as
+            ``lambda batches: EfficientTrain(batches, total_steps=...)``.
         args, kwargs: the Trainer's; steep's optimizers go into ``optimizers=(optimizer, scheduler)``.
 
     Raises:
@@ -66,7 +66,7 @@ class SteepMixin(_Host):
         if self.args.n_gpu > 1:
             raise UnmetRequirement("per-example losses need one GPU per process: start the script with torchrun")
         if "indices" in self.attached.requires and self.train_dataset is not None:
-            self.train_dataset = Positions(self.train_dataset)
+            self.train_dataset = Indexed(self.train_dataset)
         self.add_callback(_Steps(self.attached))
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -83,9 +83,9 @@ class SteepMixin(_Host):
         if self.data is None:
             return loader
         self.attached.parts = [part for part in self.attached.parts if part is not self.train_loader]
-        self.train_loader = self.data(Tuples(loader, self._input))
+        self.train_loader = self.data(Batches(loader))
         self.attached.add(self.train_loader)
-        return Dicts(self.train_loader, self._input)
+        return self.train_loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)

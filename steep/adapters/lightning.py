@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steep.adapters._attached import ELSEWHERE, Attached
-from steep.batches import Batch
+from steep.batches import as_batch
 from steep.loop.checkpoint import CheckpointError
 from steep.loop.training import requires_closure
 from steep.requires import UnmetRequirement
@@ -92,8 +92,8 @@ class SteepModule(_Host):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         """Check what the first batch holds."""
-        if isinstance(batch, list | tuple) and len(batch) in (2, 3):
-            self._attached.look_at(Batch(*batch))
+        if self._attached.looks_at_batches:  # others may yield anything: `training_step` is the user's own
+            self._attached.look_at(as_batch(batch))
         return super().on_train_batch_start(batch, batch_idx)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

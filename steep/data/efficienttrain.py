@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data, Loader
+from steep.batches import as_batch, with_inputs
 from steep.data._images import augment, even_size, lanczos, low_frequency_crop, side
 from steep.loop.modes import evaluating
 from steep.method import Method, Paper, choice, uniform
 from steep.recipe import Recipe, Run, deferred
 from steep.requires import UnmetRequirement
+from steep.splits import Data, Loader
 from steep.utils.loaders import LoaderWrapper
 
 _RATIOS = {"crop": (5 / 7, 6 / 7, 1.0), "plusplus": (3 / 7,) * 2 + (5 / 7,) * 4 + (1.0,) * 4}
@@ -117,7 +118,7 @@ class EfficientTrain(LoaderWrapper):
     augmentation is seeded by torch's generator without advancing it, so the order of the examples does not change.
 
     Args:
-        loader: yields ``(x, y, ...)`` with normalised images x of shape (B, C, H, H).
+        loader: yields batches (see `steep.as_batch`) with normalised images x of shape (B, C, H, H).
         total_steps: optimizer steps of the whole training run.
         variant: "crop" (arXiv 2211.09703) or "plusplus" (arXiv 2405.08768).
         fractions: share of the epochs of each stage; (0.6, 0.2, 0.2), or stages of equal compute for "plusplus".
@@ -162,11 +163,12 @@ class EfficientTrain(LoaderWrapper):
         super().__init__(loader)
         self.steps, self.shrink = 0, _SHRINK[variant]
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Any]:
         random = _own_generator()  # seeded again each epoch, before the loader draws its order
-        for x, *rest in self.loader:
+        for item in self.loader:
+            x = as_batch(item).x
             size, magnitude = self.curriculum.stage(self.steps // len(self), side(x))
-            yield self.shrink(augment(x, magnitude, random), size), *rest
+            yield with_inputs(item, self.shrink(augment(x, magnitude, random), size))
 
     def held_out(self, loader: Loader) -> _HeldOut:
         """A validation or test loader whose images have the size of the last training step."""
@@ -195,11 +197,12 @@ class _HeldOut:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for x, *rest in self.loader:
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.loader:
+            x = as_batch(item).x
             # of the last step taken: after an epoch the model has not yet seen the next epoch's size
             done = max(0, self.train.steps - 1) // len(self.train)
-            yield self.train.shrink(x, self.train.curriculum.stage(done, side(x))[0]), *rest
+            yield with_inputs(item, self.train.shrink(x, self.train.curriculum.stage(done, side(x))[0]))
 
     def check(self, model: nn.Module) -> None:
         """Run the model once at every size that the curriculum will show it.
@@ -209,7 +212,7 @@ class _HeldOut:
         """
         # BatchNorm's statistics and torch's generator stay as they are: the check must not change the training run
         with evaluating(model), torch.random.fork_rng(devices=[]):
-            x = next(iter(self.loader))[0][:2]
+            x = as_batch(next(iter(self.loader))).x[:2]
             sizes = sorted({even_size(ratio, side(x)) for ratio in self.train.curriculum.ratios})
             model(x)
             for size in sizes:

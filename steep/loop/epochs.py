@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from steep.batches import Batch, Loader
+from steep.batches import Batch, as_batch
+from steep.loop.checks import DistinctIndices
+from steep.splits import Loader
+from steep.utils.loaders import parts_of
 from steep.utils.randomness import Stream
 
 
@@ -25,6 +28,7 @@ class Epochs:
 
     def __init__(self, loader: Loader, train_step: Callable[[Batch], float], stream: Stream):
         self.loader, self.train_step, self.stream = loader, train_step, stream
+        self.distinct: DistinctIndices | None = DistinctIndices(loader)
         self.batches: Iterator[Any] | None = None
         self.start_epoch()
 
@@ -42,16 +46,19 @@ class Epochs:
         with self.stream.active():
             if self.batches is None:
                 self.batches = iter(self.loader)
-            batch = next(self.batches, None)
-        if batch is None:
+            item = next(self.batches, None)
+        if item is None:
             if self.position == 0:  # an endless recursion otherwise
                 raise ValueError(
                     "the training loader yields no batch: is batch_size larger than the data with drop_last?"
                 )
+            self.distinct = None  # one epoch has shown it
             self.start_epoch()
             return self.next_batch()
         self.position += 1
-        self.batch = Batch(*batch)  # kept until the next is there: memory freed first would be mapped anew each step
+        self.batch = as_batch(item)  # kept until the next is there: memory freed first would be mapped anew each step
+        if self.distinct is not None:
+            self.distinct.check(item)
         return self.batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,16 +69,12 @@ class Epochs:
         for generator, saved in zip(generators(self.loader), state["loader"], strict=True):
             generator.set_state(saved)
         self.start_epoch()
+        self.distinct = DistinctIndices(self.loader)
         for _ in range(state["position"]):  # a loader cannot be moved forward: what it draws on the way must be drawn
             self.next_batch()
 
 
 def generators(loader: Any) -> list[torch.Generator]:
     """Generators that a user's loader and its samplers draw from, each once."""
-    found: dict[int, torch.Generator] = {}
-    while loader is not None:
-        generator = getattr(loader, "generator", None)
-        if isinstance(generator, torch.Generator):
-            found[id(generator)] = generator
-        loader = getattr(loader, "batch_sampler", None) or getattr(loader, "sampler", None)
-    return list(found.values())
+    found = (getattr(part, "generator", None) for part in parts_of(loader))
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())

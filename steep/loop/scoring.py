@@ -10,32 +10,41 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from steep.batches import Batch, Loader
+from steep.batches import as_batch, forward
 from steep.recipe import Metric
+from steep.requires import weighted
+from steep.splits import Loader
 
 
 def score(
     model: nn.Module, loader: Loader, loss: Callable[[Any, Any], Tensor], metric: Metric | None, device: torch.device
 ) -> dict[str, float]:
-    """Mean loss and metric over the examples of a loader; call it inside `steep.loop.modes.evaluating`.
+    """Mean loss and metric over the examples of a loader, weighted where its batches are.
+
+    Call it inside `steep.loop.modes.evaluating`.
 
     Raises:
         ValueError: the loader yields nothing.
     """
     functions = {"loss": loss} | ({metric.name: metric.function} if metric else {})
-    sums, count = dict.fromkeys(functions, 0.0), 0
+    sums, total = dict.fromkeys(functions, 0.0), 0.0
     for item in loader:
-        batch = Batch(*item)
-        output, target = model(send_to_device(batch.x, device)), send_to_device(batch.y, device)
+        batch = as_batch(item)
+        batch = batch if device.type == "cpu" else send_to_device(batch, device)
+        output, size = forward(model, batch.x), batch.size
+        weight = size if batch.weights is None else float(batch.weights.double().sum())
         for name, function in functions.items():
-            values = function(output, target)
-            if name != "loss" and values.shape[:1] != (batch.size,):
+            values = function(output, batch.y)
+            if name != "loss" and values.shape[:1] != (size,):
                 raise ValueError(
-                    f"the metric {name!r} must return one number per example, shape ({batch.size},), but returned "
+                    f"the metric {name!r} must return one number per example, shape ({size},), but returned "
                     f"{tuple(values.shape)}: a mean over batches would depend on how they are cut"
                 )
-            sums[name] += float(values.double().mean()) * batch.size
-        count += batch.size
-    if not count:
+            if batch.weights is not None:
+                sums[name] += float(weighted(values, batch.weights).double().sum())
+            else:
+                sums[name] += float(values.double().mean()) * size
+        total += weight
+    if not total:
         raise ValueError("the data to score on are empty: give the recipe's Data a val loader with examples")
-    return {name: total / count if math.isfinite(total) else math.nan for name, total in sums.items()}
+    return {name: value / total if math.isfinite(value) else math.nan for name, value in sums.items()}

@@ -16,15 +16,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep.batches import Batch
+from steep.batches import Batch, as_batch, forward, tensors
 from steep.loop.checkpoint import check_same_model
+from steep.loop.checks import check_batch_norm, explained
 from steep.loop.epochs import Epochs
 from steep.loop.measure import Stopwatch
 from steep.loop.modes import evaluating, start_training
 from steep.loop.schedules import build_schedule
 from steep.loop.scoring import score
 from steep.recipe import Recipe, Run
-from steep.requires import Facts, check_losses, check_requirements
+from steep.requires import Facts, check_losses, check_requirements, weighted
 from steep.utils.randomness import Stream, generator
 
 
@@ -143,7 +144,10 @@ class Training:
             UnmetRequirement: naming the part, what is missing and the line to change.
         """
         with Stream(0, "check").active():  # or this one batch more would change the order of all others
-            batch = Batch(*next(iter(self.run.data.train)))
+            batch = as_batch(next(iter(self.run.data.train)))
+            data = self.run.data
+            loaders = data.clients if self.recipe.rounds is not None and data.clients else [data.train]
+            check_batch_norm(self.model, loaders, self.accumulate, self._placed(batch))
         facts = Facts(self.model, self.run.data, batch)
         for part in (*self.named.values(), self.run.data.train, *self.run.parts):
             check_requirements(_name(part), getattr(part, "requires", ()), facts)
@@ -167,13 +171,17 @@ class Training:
             raise NonFinite(self._diagnosis(batch, losses))
         return losses, mean
 
-    def _placed(self, batch: Any) -> Batch:
-        return Batch(*(batch if self.device.type == "cpu" else send_to_device(tuple(batch), self.device)))
+    def _placed(self, item: Any) -> Batch:
+        batch = as_batch(item)
+        return batch if self.device.type == "cpu" else send_to_device(batch, self.device)
 
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         if "indices" in self.requires["rule"]:
             self.rule.indices = batch.indices
-        return self.loss(model(batch.x), batch.y, **self._asked(batch))
+        with explained():
+            output = forward(model, batch.x)
+        losses = self.loss(output, batch.y, **self._asked(batch))
+        return losses if batch.weights is None else weighted(losses, batch.weights)
 
     def _asked(self, batch: Batch) -> dict[str, Any]:
         """What the loss needs to know of the examples beside their targets."""
@@ -196,7 +204,7 @@ class Training:
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         if self.accumulate == 1:
             return self._backward(batch, scale)
-        shares = [(part, part.size / batch.size) for part in _parts(batch, self.accumulate)]
+        shares = [(part, part.size / batch.size) for part in batch.split(self.accumulate)]
         return sum(self._backward(part, scale * share) * share for part, share in shares)
 
     def train_step(self, batch: Batch) -> float:
@@ -307,8 +315,8 @@ class Training:
         )
 
     def _culprit(self, batch: Batch) -> str:
-        for name, value in (("inputs", batch.x), ("targets", batch.y)):
-            if isinstance(value, Tensor) and not value.isfinite().all():
+        for name, value in tensors(batch):
+            if not value.isfinite().all():
                 return f"the {name} of this batch contain NaN or inf; clean the data"
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
@@ -332,11 +340,3 @@ def requires_closure(optimizer: Any) -> bool:
     """Whether an optimizer's `step` cannot do without a closure, as `torch.optim.LBFGS`'s."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
-
-
-def _parts(batch: Batch, count: int) -> Iterator[Batch]:
-    """Split a batch of tensors into at most `count` parts of nearly equal size."""
-    if not (isinstance(batch.x, Tensor) and isinstance(batch.y, Tensor)):
-        raise ValueError("gradient accumulation splits batches of tensors; x or y is no tensor")
-    sections = [t.tensor_split(min(count, batch.size)) if t is not None else None for t in batch]
-    return (Batch(*(s[i] if s is not None else None for s in sections)) for i in range(min(count, batch.size)))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from steep.batches import Batch, Loader
+from steep.batches import as_batch
+from steep.splits import Loader
 from steep.utils.loaders import LoaderWrapper
 from steep.utils.validation import require, require_whole
 
@@ -84,7 +85,7 @@ class GrowingBatches(LoaderWrapper):
             if batch is None:
                 break
             self._sizes.append(size)
-            self.given += Batch(*batch).size
+            self.given += as_batch(batch).size
             yield batch
         self.epochs, self.given, self._sizes = self.epochs + 1, 0, []
 

@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 from torch.optim.optimizer import ParamsT
 
-from steep.batches import Data, Loader
 from steep.method import Method, Paper, choice, log_uniform
 from steep.optim._base import BaseOptimizer
 from steep.optim._foreach import check_kind, working_dtype
@@ -52,6 +51,7 @@ from steep.optim._growing import GrowingBatches
 from steep.per_example import PerExample, Rows
 from steep.per_example.parts import height
 from steep.recipe import Mean, Recipe, Run, deferred
+from steep.splits import Data, Loader
 from steep.utils.validation import Ranges, check_ranges, require, require_whole
 
 _TESTS = ("norm", "inner-product", "augmented", "coordinate-wise")

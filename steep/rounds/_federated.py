@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from steep.batches import Loader, count_examples
 from steep.loop.epochs import generators
 from steep.requires import REQUIREMENTS, UnmetRequirement
+from steep.splits import Loader, count_examples
 from steep.utils.randomness import Stream
 from steep.utils.randomness import generator as generator_of
 from steep.utils.validation import require

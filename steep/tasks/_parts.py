@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from steep.batches import Data, Loader, tensor_loader
 from steep.recipe import Metric
+from steep.splits import Data, Loader, tensor_loader
 
 Part = tuple[Tensor, Tensor]
 

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe, accuracy
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._parts import absolute_error, adamw, cross_entropy, loaders, split, squared_error, standardised
 from steep.tasks.networks import MLP

@@ -12,8 +12,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe, accuracy
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._parts import adamw, cross_entropy, loaders
 from steep.tasks.networks import Transformer

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from steep.batches import Data, dirichlet_clients
 from steep.recipe import Budget, Recipe, Run, accuracy
+from steep.splits import Data, dirichlet_clients
 from steep.tasks import Task
 from steep.tasks._parts import Part, absolute_error, adamw, cross_entropy, loaders, split, squared_error
 from steep.tasks.networks import MLP, SmallCNN

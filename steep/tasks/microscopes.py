@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._parts import adamw, loaders, squared_error
 

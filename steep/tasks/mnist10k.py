@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from steep.batches import Data, split_loaders
 from steep.recipe import Budget, Recipe, accuracy
+from steep.splits import Data, split_loaders
 from steep.tasks import Task
 from steep.tasks._files import Arrays, cached, download
 from steep.tasks._parts import adamw, cross_entropy

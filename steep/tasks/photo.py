@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steep.batches import Data, split_loaders
 from steep.recipe import Budget, Recipe
+from steep.splits import Data, split_loaders
 from steep.tasks import Task
 from steep.tasks._parts import absolute_error, adamw, squared_error
 from steep.tasks.networks import MLP, FourierFeatures

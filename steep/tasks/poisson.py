@@ -20,8 +20,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._parts import Part, absolute_error, adamw, loaders, squared_error
 

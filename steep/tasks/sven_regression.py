@@ -18,8 +18,8 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._parts import adamw, loaders, squared_error, standardise
 from steep.tasks.networks import MLP

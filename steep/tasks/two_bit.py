@@ -18,8 +18,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from steep.batches import Data, tensor_loader
 from steep.recipe import Budget, Recipe, accuracy
+from steep.splits import Data, tensor_loader
 from steep.tasks import Task
 from steep.tasks._parts import Part, adamw, cross_entropy
 from steep.tasks.networks import MLP

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steep.batches import Data
 from steep.recipe import Budget, Recipe
+from steep.splits import Data
 from steep.tasks import Task
 from steep.tasks._files import Arrays, cached, download
 from steep.tasks._parts import absolute_error, adamw, loaders, split, squared_error, standardised

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steep.batches import Data, dirichlet_clients, split_loaders
 from steep.fit import Result, fit
 from steep.loop.training import NonFinite, Training, accelerator
 from steep.method import Choice, Method, Range
 from steep.recipe import Budget, Recipe
 from steep.requires import REQUIREMENTS
+from steep.splits import Data, dirichlet_clients, split_loaders
 from steep.testing import handles, optimizers, rules
 from steep.utils.randomness import stream_seed
 

@@ -1,4 +1,4 @@
-"""A loader around another one, which still has everything that the inner loader has."""
+"""Loaders around other loaders, and what a loader is made of."""
 
 from __future__ import annotations
 
@@ -45,3 +45,11 @@ class LoaderWrapper:
         if name == "loader" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.loader, name)
+
+
+def parts_of(loader: Any) -> Iterator[Any]:
+    """A loader, and the samplers from which it takes its order: ``DataLoader, BatchSampler, RandomSampler``."""
+    while loader is not None:
+        yield loader
+        inner = getattr(loader, "batch_sampler", None)  # not by its truth: that asks for a length, which it may lack
+        loader = getattr(loader, "sampler", None) if inner is None else inner

@@ -23,7 +23,8 @@ def require(name: str, value: Any, valid: bool, allowed: str) -> None:
 
 def require_whole(name: str, value: Any, least: int) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `least`."""
-    require(name, value, isinstance(value, int) and value >= least, f"a whole number of at least {least}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    require(name, value, whole and value >= least, f"a whole number of at least {least}")
 
 
 def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:

@@ -17,7 +17,6 @@ transformers = pytest.importorskip("transformers", reason="needs the extra steep
 
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
-from steep.adapters._batches import Positions  # noqa: E402
 from steep.adapters.hf import _FILE, SteepMixin  # noqa: E402
 
 
@@ -140,7 +139,7 @@ def test_clipping_follows_the_rule(tmp_path):
 
 
 def test_every_example_gets_its_position():
-    example = Positions(Examples())[5]
+    example = steep.Indexed(Examples())[5]
     assert example["indices"] == 5
     assert set(example) == {"pixel_values", "labels", "indices"}
 

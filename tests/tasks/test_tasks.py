@@ -159,5 +159,5 @@ def test_evaluation_is_not_dearer_than_training(recipe):
     if recipe.rounds is not None:
         return
     batch = len(next(iter(data.train))[0])
-    validated = 25 * steep.batches.count_examples(data.val)
+    validated = 25 * steep.splits.count_examples(data.val)
     assert validated < 3 * 1.5 * horizon * batch, "a training step costs three forward passes"

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep.batches import split_loaders
 from steep.evidence.arms import Arm, Methods, adamw, find_method
 from steep.evidence.runs.source import Source
 from steep.evidence.runs.store import Store
@@ -32,6 +31,7 @@ from steep.loop.tracking import Log
 from steep.loop.training import NonFinite
 from steep.method import Method
 from steep.recipe import Budget, Recipe, compose
+from steep.splits import split_loaders
 from steep.utils.files import write_atomic
 from steep.version import __version__
 

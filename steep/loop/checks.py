@@ -1,0 +1,132 @@
+"""What is checked of a run's batches: that the third part is an index, and that BatchNorm never meets one example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from steep.batches import Batch, as_batch, forward
+from steep.requires import coupling_layers
+from steep.splits import Loader
+from steep.utils.loaders import parts_of
+
+
+class DistinctIndices:
+    """Refuses a third part of ``(x, y, third)`` that repeats within an epoch, or lies outside the data set.
+
+    Class labels, lengths and group numbers are integers of shape (B,) too, and with them a method with a memory would
+    confuse examples.
+    What is said by name, as in `Batch`, is not checked, nor what a sampler draws with replacement.
+    """
+
+    def __init__(self, loader: Loader):
+        dataset = getattr(loader, "dataset", None)
+        known = hasattr(dataset, "__len__") and not any(getattr(p, "replacement", False) for p in parts_of(loader))
+        self.seen = torch.zeros(len(dataset), dtype=torch.bool) if known else None  # type: ignore[arg-type]
+
+    def check(self, item: Any) -> None:
+        """Look at one item of the epoch.
+
+        Raises:
+            ValueError: an index that has been there before, or is out of range.
+        """
+        if self.seen is None or type(item) not in (tuple, list) or len(item) < 3:
+            return
+        indices, size = item[2].cpu().long(), len(self.seen)
+        outside = indices[(indices < 0) | (indices >= size)]
+        if len(outside):
+            raise ValueError(
+                f"{_LIKE_INDEX}, but {int(outside[0])} is no index into {size} examples. {_REMEDY}; if it is an index "
+                "into a larger data set, wrap the subset: steep.Indexed(Subset(...))"
+            )
+        values, counts = indices.unique(return_counts=True)
+        again = values[(counts > 1) | self.seen[values]]
+        if len(again):
+            raise ValueError(f"{_LIKE_INDEX}, but {int(again[0])} comes twice in an epoch. {_REMEDY}")
+        self.seen[values] = True
+
+
+_LIKE_INDEX = "the third part of the loader's items is taken for the examples' indices in the training set"
+_REMEDY = (
+    "If it is something else, say so: steep.adapt(loader, lambda item: steep.Batch(item[0], item[1])), with weights= "
+    "or a dict of inputs as x; if examples repeat on purpose, steep.Batch(*item)"
+)
+_ONE = "more than 1 value per channel"  # torch's words where BatchNorm meets one value
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Say what to do where BatchNorm has met a batch of one example, whose size could not be known before."""
+    try:
+        yield
+    except ValueError as error:
+        if _ONE not in str(error):
+            raise
+        raise ValueError(f"a training batch has one example, which BatchNorm cannot normalise: {_DROP}") from error
+
+
+_DROP = "pass drop_last=True to the loader, choose another batch_size, or use GroupNorm"
+
+
+def check_batch_norm(model: nn.Module, loaders: Sequence[Loader], accumulate: int, batch: Batch) -> None:
+    """Refuse a run in which BatchNorm would meet a single example, before its first step.
+
+    Args:
+        model: in the mode of training.
+        loaders: what it is trained on.
+        accumulate: parts that each batch is split into.
+        batch: one of them, of which the first example is tried.
+
+    Raises:
+        ValueError: names the layer, and what makes batches so small.
+    """
+    layers = coupling_layers(model)
+    if not layers:
+        return
+    alone = [size for loader in loaders for size in _sizes(loader) if size // min(accumulate, size) == 1]
+    if not alone or not _fails(model, batch):
+        return
+    cause = (
+        f"a batch of {alone[0]} in {accumulate} parts leaves parts of"
+        if accumulate > 1 < alone[0]
+        else ("the last batch of an epoch has")
+    )
+    raise ValueError(f"{cause} one example, which {layers[0]} cannot normalise in training mode: {_DROP}")
+
+
+def _sizes(loader: Loader) -> Iterable[int]:
+    """Sizes of the batches of an epoch, as far as they can be known without reading the data."""
+    # the innermost: a loader around another may name a batch size of its own
+    samplers = [part for part in parts_of(loader) if isinstance(getattr(part, "batch_size", None), int)]
+    if samplers and hasattr(samplers[-1], "sampler"):
+        sampler = samplers[-1]
+        whole, last = divmod(_count(sampler.sampler, loader), sampler.batch_size)
+        return {*([sampler.batch_size] if whole else []), *([last] if last and not sampler.drop_last else [])}
+    return {as_batch(item).size for item in loader} if isinstance(loader, (list, tuple)) else ()
+
+
+def _count(sampler: Any, loader: Any) -> int:
+    try:
+        return len(sampler)
+    except TypeError:  # of an iterable data set, which knows its length itself, or is in a loader that does
+        return len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0
+
+
+@torch.no_grad()
+def _fails(model: nn.Module, batch: Batch) -> bool:
+    """Whether BatchNorm refuses one example: it does not where an example has several positions."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        forward(model, batch.split(batch.size)[0].x)
+    except ValueError as error:
+        return _ONE in str(error)
+    except Exception:  # whatever else is wrong shows in the first step, with its own message
+        return False
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return False
