@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate.tracking import GeneralTracker
 from torch import nn
 
@@ -18,7 +17,8 @@ from steep.loop.saver import Saver
 from steep.loop.tracking import Log, as_log, logged
 from steep.loop.training import History, NonFinite, Training, accelerator
 from steep.recipe import COSTS, Recipe
-from steep.utils.randomness import stream_seed
+from steep.utils.randomness import isolated
+from steep.utils.threads import alone
 
 EVALUATIONS = 25  # points on a curve, where the horizon is known
 
@@ -64,7 +64,8 @@ def fit(
     """Run a recipe.
 
     Two runs with the same arguments are equal bit for bit (on one machine, on CPU), and so is a run that was
-    stopped and goes on from its checkpoint. Torch's global generator is left as it was.
+    stopped and goes on from its checkpoint. What data, model and loss draw from the default generators of torch, NumPy
+    and Python depends on `seed` alone; the generators are left as they were.
 
     Args:
         recipe: what to run.
@@ -84,6 +85,7 @@ def fit(
         UnmetRequirement: a method needs something the recipe lacks.
         CheckpointError: the checkpoint is truncated, of another model or of a newer version.
         Interrupted: Ctrl-C; the message says how to go on.
+        RuntimeError: another thread of this process is running `fit`.
 
     Example:
         >>> import steep
@@ -95,8 +97,7 @@ def fit(
         raise ValueError(f"accumulate={accumulate} must be at least 1")
     log = as_log(log)
     hardware = accelerator(device, precision, **(log.accelerate() if log else {}))
-    with torch.random.fork_rng():
-        torch.manual_seed(stream_seed(seed, "model"))
+    with alone(), isolated(seed, "model"):
         memory = PeakMemory(hardware.device)
         training = Training(recipe, seed, seed if split_seed is None else split_seed, hardware, accumulate)
         training.check()
@@ -104,7 +105,10 @@ def fit(
         if path is not None and path.exists():
             training.load_state_dict(checkpoints.load(path), path)
         saver = Saver(training, path, save_every)
-        _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress, log)
+        try:
+            _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress, log)
+        finally:
+            training.close()
         return _result(training, memory)
 
 

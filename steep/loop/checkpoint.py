@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steep.utils.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2  # 2: the states of NumPy's and Python's generators beside torch's
 LEAVES = (Tensor, bool, int, float, str, bytes, NoneType, torch.Size, torch.dtype, torch.device)
 
 
@@ -89,6 +89,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} holds no checkpoint of steep: give another path")
+    if state["format"] < FORMAT:
+        raise CheckpointError(
+            f"{path} was written by an older steep (format {state['format']}, this one reads {FORMAT}): finish the run "
+            "with that version, or give another path to start afresh"
+        )
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer steep (format {state['format']}, this one reads {FORMAT}): upgrade steep"

@@ -61,6 +61,10 @@ class Epochs:
             self.distinct.check(item)
         return self.batch
 
+    def close(self) -> None:
+        """Drop the epoch's iterator, and with it the worker processes of a `DataLoader`."""
+        self.batches = None
+
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, **self.at_start}
 

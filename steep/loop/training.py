@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
@@ -26,7 +25,7 @@ from steep.loop.schedules import build_schedule
 from steep.loop.scoring import score
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements, weighted
-from steep.utils.randomness import Stream, generator
+from steep.utils.randomness import Stream, current_state, generator, set_current_state
 
 
 @dataclass
@@ -267,6 +266,11 @@ class Training:
         self.history.evaluations.append(entry)
         return entry
 
+    def close(self) -> None:
+        """End what the rounds hold open, such as the worker processes of a loader in the middle of an epoch."""
+        if hasattr(self.rounds, "close"):
+            self.rounds.close()
+
     def _stateful(self) -> dict[str, Any]:
         parts = {"model": self.model, "train": self.run.data.train}  # before the rounds, which replay batches
         parts |= {f"part{i}": part for i, part in enumerate(self.run.parts)}
@@ -278,8 +282,7 @@ class Training:
         return {
             "parts": {name: part.state_dict() for name, part in self._stateful().items()},
             "random": {
-                "default": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "default": current_state(),
                 "parts": self.run.generator.get_state(),
                 "evaluation": self.evaluation_stream.state,
             },
@@ -301,9 +304,7 @@ class Training:
         self.stopwatch = Stopwatch(**state["cost"])
         self.run.generator.set_state(state["random"]["parts"])
         self.evaluation_stream.state = state["random"]["evaluation"]
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
-        torch.set_rng_state(state["random"]["default"])
+        set_current_state(state["random"]["default"])
 
     def _diagnosis(self, batch: Batch, losses: Tensor) -> str:
         bad = ~losses.detach().isfinite()

@@ -25,7 +25,7 @@ def test_numpys_numbers_are_written_as_pythons(tmp_path):
         np.int64(4): None,
     }
     found = roundtrip(tmp_path / "a.pt", state)
-    assert found == {"format": 1, "lr": 0.1, "n": [3, True], "pair": (0.5, "x"), 4: None}
+    assert found == {"format": checkpoint.FORMAT, "lr": 0.1, "n": [3, True], "pair": (0.5, "x"), 4: None}
     assert [type(v) for v in (found["lr"], found["n"][0], found["n"][1], found["pair"])] == [float, int, bool, tuple]
 
 
@@ -78,7 +78,7 @@ def test_a_state_that_cannot_be_saved_ends_the_run_at_its_first_save(regression,
 
 def test_a_whole_file_is_never_called_truncated(tmp_path):
     path = tmp_path / "whole.pt"
-    torch.save({"format": 1, "x": np.float64(1)}, path)
+    torch.save({"format": checkpoint.FORMAT, "x": np.float64(1)}, path)
     with pytest.raises(steep.CheckpointError, match="holds objects that are not read") as error:
         checkpoint.load(path)
     assert "truncated" not in str(error.value)
@@ -106,3 +106,11 @@ def test_a_model_with_state_of_its_own_is_resumed(regression, tmp_path):
     steep.fit(recipe, checkpoint=tmp_path / "run.pt", progress=False)
     longer = steep.fit(recipe.replace(budget=steep.Budget(steps=7)), checkpoint=tmp_path / "run.pt", progress=False)
     assert longer.model.calls == 7
+
+
+def test_a_checkpoint_of_an_older_format_is_kept_and_said_to_be_old(tmp_path):
+    path = tmp_path / "old.pt"
+    torch.save({"format": checkpoint.FORMAT - 1}, path)
+    with pytest.raises(steep.CheckpointError, match="was written by an older steep.*finish the run with that version"):
+        checkpoint.load(path)
+    assert path.exists()

@@ -442,7 +442,7 @@ def test_unmet_needs_name_the_line_to_change():
         pairs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
         return steep.Data(pairs, pairs)
 
-    with pytest.raises(steep.UnmetRequirement, match=r"PSKD needs the index.*steep\.batches\.Indexed"):
+    with pytest.raises(steep.UnmetRequirement, match=r"PSKD needs the index.*steep\.Indexed"):
         steep.fit(method(recipe(data=without_index)), progress=False)
 
 
