@@ -22,9 +22,9 @@ from steep.method import (
     methods,
     uniform,
 )
-from steep.recipe import Budget, Mean, Metric, Recipe, Run, accuracy, compose, deferred
+from steep.recipe import Budget, EarlyStopping, Mean, Metric, Recipe, Run, accuracy, compose, deferred
 from steep.requires import UnmetRequirement
-from steep.roles import param_roles
+from steep.roles import param_groups, param_roles
 from steep.splits import Data, dirichlet_clients, split_loaders, tensor_loader
 from steep.tasks import task
 from steep.version import __version__
@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Data",
+    "EarlyStopping",
     "Indexed",
     "Interrupted",
     "Log",
@@ -67,6 +68,7 @@ __all__ = [
     "log_uniform",
     "method",
     "methods",
+    "param_groups",
     "param_roles",
     "split_loaders",
     "task",

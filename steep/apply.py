@@ -82,9 +82,12 @@ def rounds(recipe: Recipe, make: Callable[..., Any], **hyper: Any) -> Recipe:
 
 
 def sgd(recipe: Recipe, lr: float) -> Recipe:
-    """Plain SGD as the recipe's optimizer, for rules that make whole steps; the recipe's schedule stays."""
+    """Plain SGD as the recipe's optimizer, for rules that make whole steps; the recipe's schedule stays.
+
+    Clipping and rates by group are left out: either would bend a step that was solved for as a whole.
+    """
     check_ranges({"lr": lr}, {"lr": "(0, inf)"})
-    return recipe.replace(optimizer=partial(torch.optim.SGD, lr=lr))
+    return recipe.replace(optimizer=partial(torch.optim.SGD, lr=lr), max_grad_norm=None, groups={})
 
 
 BY_COMPONENT: dict[str, Callable[..., Recipe]] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.tracking import GeneralTracker
 from torch import nn
 
-from steep.loop import checkpoint as checkpoints
 from steep.loop.console import bar, interrupts
 from steep.loop.measure import PeakMemory
 from steep.loop.saver import Saver
@@ -101,15 +101,11 @@ def fit(
         memory = PeakMemory(hardware.device)
         training = Training(recipe, seed, seed if split_seed is None else split_seed, hardware, accumulate)
         training.check()
-        path = Path(checkpoint) if checkpoint is not None else None
-        if path is not None and path.exists():
-            training.load_state_dict(checkpoints.load(path), path)
-        saver = Saver(training, path, save_every)
-        try:
+        saver = Saver(training, Path(checkpoint) if checkpoint is not None else None, save_every)
+        saver.resume()
+        with closing(training):
             _train(training, saver, evaluate_every, sys.stderr.isatty() if progress is None else progress, log)
-        finally:
-            training.close()
-        return _result(training, memory)
+            return _result(training, memory)
 
 
 def _train(training: Training, saver: Saver, every: int | None, progress: bool, log: Log | None) -> None:
@@ -123,7 +119,7 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool, 
                 training.advance()
             except NonFinite as error:
                 raise NonFinite(f"{error}. {saver.way_back()}") from None
-            if training.passed(every) and not training.finished():
+            if training.due(every) and not training.finished():
                 show(training.record())
                 saver.save_if_due()
             if interrupted():
@@ -134,9 +130,8 @@ def _train(training: Training, saver: Saver, every: int | None, progress: bool, 
 
 
 def _result(training: Training, memory: PeakMemory) -> Result:
-    data, last = training.run.data, training.history.evaluations[-1]
-    val = {key: value for key, value in last.items() if key not in COSTS}
-    test = training.evaluate(data.test) if data.test is not None else val
+    val = {key: value for key, value in training.end().items() if key not in COSTS}
+    test = training.evaluate(training.run.data.test) if training.run.data.test is not None else val
     seconds, cpu_seconds = training.stopwatch.read()
     return Result(
         model=training.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steep.splits import Data
+from steep.utils.validation import check_ranges, require_whole
 
 T = TypeVar("T")
 
@@ -103,6 +104,39 @@ def _accuracy(output: Tensor, target: Tensor) -> Tensor:
 accuracy = Metric("accuracy", _accuracy)
 
 
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Ends a run once a validation score has stopped improving, and goes back to the weights of its best evaluation.
+
+    The score is looked at on evaluations of its own, so that `fit(evaluate_every=)` changes nothing.
+
+    Args:
+        patience: looks in a row without an improvement, after which the run ends.
+        min_delta: a smaller improvement counts as none, in the score's own unit.
+        score: "loss" or the name of the recipe's metric.
+        every: optimizer steps (or rounds) between two looks; an epoch by default.
+        restore_best: end with the model, loss, optimizer and attached parts as they were at the best look.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Example:
+        >>> recipe = steep.task("digits").replace(early_stopping=EarlyStopping(patience=3, score="accuracy"))
+    """
+
+    patience: int = 5
+    min_delta: float = 0.0
+    score: str = "loss"
+    every: int | None = None
+    restore_best: bool = True
+
+    def __post_init__(self) -> None:
+        require_whole("patience", self.patience, 1)
+        check_ranges({"min_delta": self.min_delta}, {"min_delta": "[0, inf)"})
+        if self.every is not None:
+            require_whole("every", self.every, 1)
+
+
 @dataclass
 class Run:
     """What is known only once a run has started; every `deferred` part of the recipe receives it.
@@ -171,6 +205,10 @@ class Recipe:
         metric: scores held-out data beside the loss.
         budget: how long to train.
         score: the loss by which held-out data are scored; the recipe's own `loss` unless a method replaced that.
+        max_grad_norm: before each step, gradients are scaled down to this norm over all parameters, if it is larger.
+        groups: options of the optimizer by role (see `steep.param_groups`) or by pattern of parameters' names, and
+            "lr_scale", a factor on its rate: ``{"norm": {"weight_decay": 0}, "encoder.*": {"lr_scale": 0.1}}``.
+        early_stopping: ends a run before its budget; see `EarlyStopping`.
         picture: ``picture(model) -> (H, W, 3)`` in [0, 1], shown in reports; ``picture(None)`` is the target.
         name: shown in reports.
     """
@@ -185,6 +223,9 @@ class Recipe:
     metric: Metric | None = None
     budget: Budget = Budget(epochs=10)
     score: Callable[..., Tensor] | deferred | None = None
+    max_grad_norm: float | None = None
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    early_stopping: EarlyStopping | None = None
     picture: Callable[[nn.Module | None], Tensor] | None = None
     name: str = "recipe"
 
@@ -199,6 +240,33 @@ class Recipe:
         if isinstance(self.model, nn.Module):
             raise TypeError(
                 "Recipe.model must be a factory, so that every run starts afresh: model=lambda: MyModel(...)"
+            )
+
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        if self.max_grad_norm is not None:
+            check_ranges({"max_grad_norm": self.max_grad_norm}, {"max_grad_norm": "(0, inf)"})
+        if not (isinstance(self.groups, Mapping) and all(isinstance(g, Mapping) for g in self.groups.values())):
+            raise TypeError(
+                f"Recipe.groups={self.groups!r} must map roles or patterns to options, as in "
+                "{'bias': {'weight_decay': 0}}"
+            )
+        idle = [name for name in ("max_grad_norm", "groups") if getattr(self, name)]
+        if self.rounds is not None and idle:
+            raise ValueError(
+                f"the recipe has rounds, which make their own optimizer steps, so its {' and '.join(idle)} would have "
+                f"no effect: leave {'them' if len(idle) > 1 else 'it'} out with recipe.replace"
+            )
+        stopping = self.early_stopping
+        if stopping is None:
+            return
+        if not isinstance(stopping, EarlyStopping):
+            raise TypeError(f"Recipe.early_stopping={stopping!r} must be a steep.EarlyStopping")
+        known = ["loss", *([self.metric.name] if self.metric else [])]
+        if stopping.score not in known:
+            raise ValueError(
+                f"early_stopping follows {stopping.score!r}, but the recipe is scored by {', '.join(known)}"
             )
 
     def replace(self, **changes: Any) -> Recipe:

@@ -90,6 +90,61 @@ def param_roles(model: nn.Module, *, example: Any = None, overrides: Mapping[str
     return Roles(_override(roles, overrides or {}), notes)
 
 
+def param_groups(
+    model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, roles: Mapping[str, Role] | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer, by role or by name.
+
+    A parameter gets the options of every key that fits it; later keys win. Frozen parameters are left out.
+
+    Args:
+        model: any module.
+        options: by role ("norm", "bias", "embedding", ...; see `param_roles`) or glob pattern of names, options of the
+            optimizer. A recipe's `groups` take "lr_scale" too, a factor on the optimizer's learning rate.
+        roles: of the parameters, by name; `param_roles` of the model unless given.
+
+    Raises:
+        ValueError: a key that fits no parameter.
+        TypeError: options that are no mapping.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+        >>> groups = param_groups(model, {"bias": {"weight_decay": 0}, "norm": {"weight_decay": 0}})
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1)
+        >>> [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+        [(1, 0.1), (3, 0)]
+    """
+    roles = param_roles(model) if roles is None else roles
+    return group_parameters(dict(model.named_parameters()), roles, options)
+
+
+def group_parameters(
+    named: Mapping[str, nn.Parameter], roles: Mapping[str, Role], options: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """See `param_groups`; the parameters by name, those without a role of their own are "other"."""
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for key, given in options.items():
+        if not isinstance(given, Mapping):
+            raise TypeError(f"groups: {key!r} has {given!r}, which must be a dict of the optimizer's options")
+        fitting = [n for n in named if (roles.get(n, "other") == key if key in ROLES else fnmatchcase(n, key))]
+        if not fitting:
+            there = sorted({roles.get(name, "other") for name in named})
+            hint = f"; this model has {', '.join(there)}" if key in ROLES else nearest(key, [*named, *there])
+            raise ValueError(f"groups: {key!r} fits no parameter{hint}")
+        for name in fitting:
+            chosen[name] |= given
+    groups: list[dict[str, Any]] = []
+    for name, given in chosen.items():
+        if not named[name].requires_grad:
+            continue
+        same = next((group for group in groups if {k: v for k, v in group.items() if k != "params"} == given), None)
+        if same is None:
+            groups.append(same := {"params": [], **given})
+        same["params"].append(named[name])
+    return groups
+
+
 def _owned(model: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, nn.Parameter, Role]]:
     """Every parameter under every name it has, with the role its owner gives it there."""
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -121,6 +121,8 @@ def test_tests_are_at_least_as_long_as_the_package():
 
 def test_no_method_draws_from_numpys_or_pythons_global_generators():
     for path in FILES:
+        if path == ROOT / "utils" / "randomness.py":  # makes them streams of the run
+            continue
         text = path.read_text()
         assert "np.random.seed" not in text
         assert "import random\n" not in text

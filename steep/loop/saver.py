@@ -18,7 +18,13 @@ class Saver:
 
     def __init__(self, training: Training, path: Path | None, seconds: float):
         self.training, self.path, self.seconds, self.last = training, path, seconds, time.monotonic()
-        self.saved = training.step if path is not None and path.exists() else None  # the step that the file is of
+        self.saved: int | None = None  # the step that the file is of
+
+    def resume(self) -> None:
+        """Go on from the file, if there is one."""
+        if self.path is not None and self.path.exists():
+            self.training.load_state_dict(checkpoints.load(self.path), self.path)
+            self.saved = self.training.step
 
     def save(self) -> bool:
         """Save, unless a parameter is not finite: the file then keeps the last good state. Whether it was saved."""

@@ -19,12 +19,15 @@ from steep.batches import Batch, as_batch, forward, tensors
 from steep.loop.checkpoint import check_same_model
 from steep.loop.checks import check_batch_norm, explained
 from steep.loop.epochs import Epochs
+from steep.loop.groups import build_in_groups
 from steep.loop.measure import Stopwatch
 from steep.loop.modes import evaluating, start_training
 from steep.loop.schedules import build_schedule
 from steep.loop.scoring import score
+from steep.loop.stopping import Stopper
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements, weighted
+from steep.roles import param_roles
 from steep.utils.randomness import Stream, current_state, generator, set_current_state
 
 
@@ -83,13 +86,12 @@ class Training:
         self.model = accelerator.prepare_model(model)
         self.rule = recipe.build("backward", self.run)(self.model)
         # after the model is on its device: optimizers make state beside the parameters they are given
-        plain = recipe.optimizer(self._trainable())
+        plain = self._optimizer()
         self.scheduler = build_schedule(recipe.scheduler, plain, self.run) if recipe.scheduler else None
         # Accelerate's wrapper costs 0.2 ms a step; only a gradient scaler needs it
         self.optimizer = accelerator.prepare_optimizer(plain) if accelerator.scaler is not None else plain
         self.stopwatch, self.history, self.examples = Stopwatch(), History(), 0
         self.elapsed = self._before = 0  # steps of the budget
-        self.evaluation_stream = Stream(seed, "evaluation")
         self.rounds = self._rounds(seed)
         self.owned = [plain, self.loss, self.score, self.rule, *self.run.parts]
         start_training([self.model, *self.owned])
@@ -99,22 +101,32 @@ class Training:
         self.requires = {name: frozenset(getattr(part, "requires", ())) for name, part in self.named.items()}
         self.uses_closure = "closure" in self.requires["optimizer"] or requires_closure(plain)
         self.rule_uses_closure = "closure" in self.requires["rule"]
+        self.stopper: Stopper | None = None
+        self.stopper = self._stopper()
         self.preparation_seconds = time.process_time() - started
         self.vector_for = next(
             (_name(self.named[k]) for k, requires in self.requires.items() if "losses" in requires), None
         )
 
-    def _trainable(self) -> list[nn.Parameter]:
-        """The model's parameters that train, and the loss's own (a temperature, proxies of classes)."""
-        own = {p for p in self.model.parameters() if p.requires_grad}
-        loss = self.loss.parameters() if isinstance(self.loss, nn.Module) else ()
-        beside = [p for p in loss if p.requires_grad and p not in own]
+    def _optimizer(self) -> Optimizer:
+        """The recipe's, over `_trainable`, in the recipe's groups."""
+        named = self._trainable()
+        if not self.recipe.groups:
+            return self.recipe.optimizer(list(named.values()))
+        return build_in_groups(self.recipe.optimizer, named, param_roles(self.model), self.recipe.groups)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that train, and the loss's own (a temperature, proxies of classes), by name."""
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        loss = self.loss.named_parameters(prefix="loss") if isinstance(self.loss, nn.Module) else ()
+        taken = set(own.values())
+        beside = {name: p for name, p in loss if p.requires_grad and p not in taken}
         if beside and self.recipe.rounds is not None:
             raise ValueError(
                 f"{_name(self.loss)} has {len(beside)} parameters of its own, but the recipe's rounds train the "
                 "model's only: freeze them with requires_grad_(False), or make them part of the model"
             )
-        return [p for p in self.model.parameters() if p.requires_grad] + beside
+        return {**own, **beside}
 
     def _check_trained(self) -> None:
         """Refuse what got a gradient that no optimizer follows; called once, after the first step."""
@@ -130,6 +142,14 @@ class Training:
                     f"{', '.join(idle[:3])}. Freeze them with requires_grad_(False), or give the part an optimizer of "
                     "its own that its step() steps"
                 )
+
+    def _stopper(self) -> Stopper | None:
+        rule, metric = self.recipe.early_stopping, self.recipe.metric
+        if rule is None:
+            return None
+        parts = {name: part for name, part in self._stateful().items() if name not in ("train", "rounds", "scheduler")}
+        higher = rule.score != "loss" and metric is not None and metric.higher_is_better
+        return Stopper(rule, rule.every or self.run.steps_per_epoch, higher, parts)
 
     def _rounds(self, seed: int) -> Iterator[Tensor | float]:
         if self.recipe.rounds is None:
@@ -198,13 +218,18 @@ class Training:
         return mean
 
     def gradient(self, batch: Batch) -> float:
-        """Fill ``.grad`` from one batch, in `accumulate` parts, and return its mean loss."""
+        """Fill ``.grad`` from one batch, in `accumulate` parts, clip it, and return the batch's mean loss."""
         self.optimizer.zero_grad()
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
         if self.accumulate == 1:
-            return self._backward(batch, scale)
-        shares = [(part, part.size / batch.size) for part in batch.split(self.accumulate)]
-        return sum(self._backward(part, scale * share) * share for part, share in shares)
+            mean = self._backward(batch, scale)
+        else:
+            shares = [(part, part.size / batch.size) for part in batch.split(self.accumulate)]
+            mean = sum(self._backward(part, scale * share) * share for part, share in shares)
+        if self.recipe.max_grad_norm is not None:  # Accelerate's, which takes the scale of mixed precision off before
+            parameters = [p for group in self.named["optimizer"].param_groups for p in group["params"]]
+            self.accelerator.clip_grad_norm_(parameters, self.recipe.max_grad_norm)
+        return mean
 
     def train_step(self, batch: Batch) -> float:
         """One optimizer step; the mean loss it started from."""
@@ -246,16 +271,22 @@ class Training:
         """Whether a multiple of so many steps of the budget has been reached since the step before."""
         return self.elapsed // every > self._before // every
 
+    def due(self, every: int) -> bool:
+        """Whether it is time for an evaluation: every so many steps, and where early stopping wants to look."""
+        return self.passed(every) or (self.stopper is not None and self.passed(self.stopper.every))
+
     def finished(self) -> bool:
-        """Whether the budget is used up."""
+        """Whether the budget is used up, or early stopping ends the run before."""
         horizon, seconds = self.run.horizon, self.recipe.budget.seconds
+        if self.stopper is not None and self.stopper.stopped:
+            return True
         return (horizon is not None and self.elapsed >= horizon) or (
             seconds is not None and self.stopwatch.read()[0] >= seconds
         )
 
     def evaluate(self, loader: Any) -> dict[str, float]:
-        """Held-out scores, in evaluation mode, with evaluation weights, on random numbers of their own."""
-        with self.stopwatch.pause(), self.evaluation_stream.active(), evaluating(self.model, self.owned):
+        """Held-out scores, in evaluation mode, with evaluation weights, on the same random numbers every time."""
+        with self.stopwatch.pause(), Stream(self.run.seed, "evaluation").active(), evaluating(self.model, self.owned):
             return score(self.model, loader, self.score, self.recipe.metric, self.device)
 
     def record(self) -> dict[str, float]:
@@ -264,7 +295,16 @@ class Training:
         entry = {"step": self.step, "examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds}
         entry |= self.evaluate(self.run.data.val)
         self.history.evaluations.append(entry)
+        if self.stopper is not None and (self.finished() or self.passed(self.stopper.every)):
+            self.stopper.look(entry)
         return entry
+
+    def end(self) -> dict[str, float]:
+        """The evaluation that the run ends with: the last one, or early stopping's best, whose weights are restored."""
+        if self.stopper is None or self.stopper.state is None or self.stopper.best is None:
+            return self.history.evaluations[-1]
+        self.stopper.restore()
+        return self.stopper.best
 
     def close(self) -> None:
         """End what the rounds hold open, such as the worker processes of a loader in the middle of an epoch."""
@@ -274,7 +314,7 @@ class Training:
     def _stateful(self) -> dict[str, Any]:
         parts = {"model": self.model, "train": self.run.data.train}  # before the rounds, which replay batches
         parts |= {f"part{i}": part for i, part in enumerate(self.run.parts)}
-        parts |= {**self.named, "scheduler": self.scheduler}
+        parts |= {**self.named, "scheduler": self.scheduler, "stopper": self.stopper}
         return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
     def state_dict(self) -> dict[str, Any]:
@@ -284,7 +324,6 @@ class Training:
             "random": {
                 "default": current_state(),
                 "parts": self.run.generator.get_state(),
-                "evaluation": self.evaluation_stream.state,
             },
             "history": asdict(self.history),
             "cost": {"examples": self.examples, "seconds": seconds, "cpu_seconds": cpu_seconds},
@@ -303,7 +342,6 @@ class Training:
         self.elapsed = self._elapsed()
         self.stopwatch = Stopwatch(**state["cost"])
         self.run.generator.set_state(state["random"]["parts"])
-        self.evaluation_stream.state = state["random"]["evaluation"]
         set_current_state(state["random"]["default"])
 
     def _diagnosis(self, batch: Batch, losses: Tensor) -> str:
