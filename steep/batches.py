@@ -311,6 +311,23 @@ def forward(model: nn.Module, x: Any) -> Any:
     return model(**x) if _takes_names(plain.__class__, tuple(x)) else model(x)
 
 
+def logits(output: Any) -> Tensor:
+    """The scores of classes in a model's output: itself, or its "logits" where it has several parts (transformers).
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returns {_describe(output)}, where scores of classes are needed: let it return a tensor (B, K), "
+            "or an object whose attribute `logits` is one"
+        )
+    return found
+
+
 @cache
 def _takes_names(kind: Any, names: tuple[str, ...]) -> bool:
     parameters = inspect.signature(kind.forward).parameters.values()

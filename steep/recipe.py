@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steep.batches import logits
 from steep.splits import Data
 from steep.utils.validation import check_ranges, require_whole
 
@@ -95,9 +96,9 @@ class Metric:
             )
 
 
-def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+def _accuracy(output: Any, target: Tensor) -> Tensor:
     """1 where the largest output is at the target class, else 0; shape (B,) (positions are averaged)."""
-    hit = (output.argmax(-1) == target).float()
+    hit = (logits(output).argmax(-1) == target).float()
     return hit.flatten(1).mean(1) if hit.ndim > 1 else hit
 
 

@@ -6,7 +6,7 @@ Roles follow from the type of the module that owns a parameter, not from what yo
 |---|---|
 | embedding | weights of `Embedding` and `EmbeddingBag` |
 | head | weight of the last `Linear` |
-| hidden | every other matrix of `Linear`, `MultiheadAttention` and recurrent layers |
+| hidden | every other matrix of `Linear`, `MultiheadAttention`, recurrent layers and `Conv1D` of transformers |
 | convolution | weights of convolutions |
 | norm | everything in a normalisation layer, its bias too |
 | bias | biases of the layers above |
@@ -168,7 +168,7 @@ def _role(owner: nn.Module, tensor: str, head: nn.Module | None) -> Role:
         return "embedding"
     if _is_norm(owner):
         return "norm"
-    if not isinstance(owner, (*MATRICES, _ConvNd)) or not ("weight" in tensor or "bias" in tensor):
+    if not (isinstance(owner, _ConvNd) or _is_matrix(owner)) or not ("weight" in tensor or "bias" in tensor):
         return "other"
     if "bias" in tensor:
         return "bias"
@@ -183,6 +183,12 @@ def _is_norm(module: nn.Module) -> bool:
         return True
     vectors = all(p.ndim <= 1 for p in module.parameters())
     return type(module).__name__.endswith("Norm") and vectors
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Torch's linear maps, and GPT-2's in transformers, which is called Conv1D but is a transposed `Linear`."""
+    kind = type(module)
+    return isinstance(module, MATRICES) or (kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."))
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:

@@ -280,3 +280,13 @@ def test_a_functional_model_is_all_other():
             return F.linear(x, self.w)
 
     assert param_roles(Functional(), example=torch.ones(1, 2)) == {"w": "other"}
+
+
+def test_the_linear_maps_of_gpt2_are_matrices():
+    transformers = pytest.importorskip("transformers", reason="needs the extra steep[hf]")
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=6, **ids)
+    roles = param_roles(transformers.GPT2LMHeadModel(config))
+    assert roles["transformer.h.0.attn.c_attn.weight"] == roles["transformer.h.0.mlp.c_proj.weight"] == "hidden"
+    assert roles["transformer.h.0.attn.c_attn.bias"] == "bias"
+    assert "other" not in roles.values()

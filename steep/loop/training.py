@@ -15,7 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steep.batches import Batch, as_batch, forward, tensors
+from steep.batches import Batch, as_batch, forward, logits, tensors
 from steep.loop.checkpoint import check_same_model
 from steep.loop.checks import check_batch_norm, explained
 from steep.loop.epochs import Epochs
@@ -199,6 +199,8 @@ class Training:
             self.rule.indices = batch.indices
         with explained():
             output = forward(model, batch.x)
+        if "classes" in self.requires["loss"]:
+            output = logits(output)
         losses = self.loss(output, batch.y, **self._asked(batch))
         return losses if batch.weights is None else weighted(losses, batch.weights)
 
