@@ -23,7 +23,7 @@ test: .venv/ready  ## run all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-data: .venv/ready  ## run the tests that read real data, from STEEP_DATA
-	$(BIN)/python -m pytest -q -n 2 tests/tasks tests/evidence/test_claims.py
+	$(BIN)/python -m pytest -q -n 2 tests/tasks tests/test_foreign_batches.py tests/evidence/test_claims.py
 
 lint: .venv/ready  ## check style and types
 	$(BIN)/ruff check .
