@@ -322,8 +322,8 @@ def logits(output: Any) -> Tensor:
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"the model returns {_describe(output)}, where scores of classes are needed: let it return a tensor (B, K), "
-            "or an object whose attribute `logits` is one"
+            f"the model returns {_describe(output)}, where scores of classes are needed: let it return a tensor (B, K) "
+            "or an object with `logits`"
         )
     return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker
 from torch import nn
 
+from steep.loop.checks import check_arguments
 from steep.loop.console import bar, interrupts
 from steep.loop.measure import PeakMemory
 from steep.loop.saver import Saver
@@ -93,8 +94,7 @@ def fit(
         >>> 0 < result.test["accuracy"] <= 1
         True
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1")
+    check_arguments(recipe, seed, split_seed, accumulate, evaluate_every, save_every)
     log = as_log(log)
     hardware = accelerator(device, precision, **(log.accelerate() if log else {}))
     with alone(), isolated(seed, "model"):

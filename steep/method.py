@@ -148,6 +148,10 @@ class Method:
             TypeError: an unknown hyper-parameter, a value of the wrong type, or a method that is no arm.
             ValueError: a value out of range.
         """
+        if not isinstance(recipe, Recipe):
+            raise TypeError(
+                f"a method takes a steep.Recipe, got {recipe!r}; in a loop of your own, use {self.make.__name__} itself"
+            )
         if not self.is_arm:
             raise TypeError(f"{self.id!r} is used on its own (see `steep show {self.id}`), not as an arm of a recipe")
         for name in hyper:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from steep.batches import logits
 from steep.splits import Data
-from steep.utils.validation import check_ranges, require_whole
+from steep.utils.signatures import check_takes
+from steep.utils.validation import check_ranges, nearest, require_whole
 
 T = TypeVar("T")
 
@@ -58,9 +59,11 @@ class Budget:
         limits = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         if all(v is None for v in limits.values()):
             raise ValueError("a budget needs a limit: epochs, steps or seconds")
+        if self.steps is not None:
+            require_whole("budget steps", self.steps, 1)
         for name, value in limits.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"budget {name}={value} must be positive")
+            if value is not None:
+                check_ranges({f"budget {name}": value}, {f"budget {name}": "(0, inf)"})
 
     def total_steps(self, steps_per_epoch: int) -> int | None:
         """Steps until the budget ends, or `None` when only seconds limit it."""
@@ -189,6 +192,17 @@ class deferred:
         self.build = build
 
 
+CALLS = {  # how each part of a recipe that is a function is called
+    "data": "generator",
+    "model": "",
+    "loss": "output, target",
+    "score": "output, target",
+    "optimizer": "parameters",
+    "backward": "model",
+    "rounds": "model, run, local_step",
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A training run as a value. A method is a function from recipe to recipe.
@@ -231,16 +245,30 @@ class Recipe:
     name: str = "recipe"
 
     def __post_init__(self) -> None:
-        for name in ("data", "optimizer", "backward"):
-            if not callable(getattr(self, name)) and not (name == "backward" and isinstance(self.backward, deferred)):
-                raise TypeError(f"Recipe.{name} must be a factory (a callable), got {getattr(self, name)!r}")
-        if self.metric is not None and not isinstance(self.metric, Metric):
-            raise TypeError(
-                f"Recipe.metric must be a steep.Metric, got {self.metric!r}: metric=steep.Metric('name', function)"
-            )
         if isinstance(self.model, nn.Module):
             raise TypeError(
                 "Recipe.model must be a factory, so that every run starts afresh: model=lambda: MyModel(...)"
+            )
+        if isinstance(self.loss, type):
+            raise TypeError(
+                f"Recipe.loss={self.loss.__name__} is a class: write loss={self.loss.__name__}(reduction='none'), or a "
+                "function (output, target) -> (B,)"
+            )
+        for name, arguments in CALLS.items():
+            value = getattr(self, name)
+            late = isinstance(value, deferred) and name in ("model", "loss", "score", "backward")
+            if not late and not (value is None and name in ("score", "rounds")):
+                check_takes(f"Recipe.{name}", value, arguments)
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise TypeError(
+                f"Recipe.scheduler must be a function (optimizer, total_steps) or a class of torch's, got "
+                f"{self.scheduler!r}: scheduler=torch.optim.lr_scheduler.CosineAnnealingLR"
+            )
+        if not isinstance(self.budget, Budget):
+            raise TypeError(f"Recipe.budget must be a steep.Budget, got {self.budget!r}: steep.Budget(epochs=10)")
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise TypeError(
+                f"Recipe.metric must be a steep.Metric, got {self.metric!r}: metric=steep.Metric('name', function)"
             )
 
         self._check_steps()
@@ -271,6 +299,15 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> Recipe:
+        """A copy with other parts.
+
+        Raises:
+            TypeError: a part that recipes do not have.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"a recipe has no part {name!r}{nearest(name, known)}")
         return dataclasses.replace(self, **changes)
 
     def build(self, part: str, run: Run) -> Any:

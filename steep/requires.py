@@ -152,6 +152,8 @@ def weighted(losses: Tensor, weights: Tensor) -> Tensor:
     Raises:
         ValueError: a loss that is not one number per example, or weights that are not.
     """
+    if bool((weights < 0).any()):
+        raise ValueError(f"the weights of a batch must be at least 0, got {weights.min().item():g}")
     if not isinstance(losses, Tensor) or losses.shape != weights.shape:
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(

@@ -46,7 +46,7 @@ class Data:
     domains: Tensor | None = None
 
     def __post_init__(self) -> None:
-        named = {name: loader for name in ("train", "val", "test") if (loader := getattr(self, name)) is not None}
+        named = {"train": self.train, "val": self.val, **({"test": self.test} if self.test is not None else {})}
         for name, loader in {**named, **{f"clients[{i}]": loader for i, loader in enumerate(self.clients)}}.items():
             _check_loader(name, loader)
         if self.domains is not None and self.domains.shape != (self.num_examples,):

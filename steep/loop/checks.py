@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +12,34 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from steep.batches import Batch, Indexed, as_batch, forward
+from steep.recipe import Recipe
 from steep.requires import coupling_layers
 from steep.splits import Loader
 from steep.utils.loaders import parts_of
+from steep.utils.validation import check_ranges, require_whole
+
+T = TypeVar("T")
+
+
+def check_arguments(
+    recipe: Any, seed: Any, split_seed: Any, accumulate: Any, evaluate_every: Any, save_every: Any
+) -> None:
+    """Refuse what `fit` cannot mean, before anything is built."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"fit takes a steep.Recipe, got {recipe!r}")
+    least = {"seed": (seed, 0), "split_seed": (split_seed, 0), "accumulate": (accumulate, 1)}
+    for name, (value, lowest) in {**least, "evaluate_every": (evaluate_every, 1)}.items():
+        if value is not None or name in ("seed", "accumulate"):
+            require_whole(name, value, lowest)
+    check_ranges({"save_every": save_every}, {"save_every": "[0, inf)"})
+
+
+def check_part(part: Any, name: str, kind: type[T]) -> T:
+    """What a recipe's factory returned, if it is of that kind."""
+    if not isinstance(part, kind):
+        shown = f"{kind.__module__.replace('.splits', '').replace('.modules.module', '')}.{kind.__name__}"
+        raise TypeError(f"Recipe.{name} must return a {shown}, but returned {part!r}")
+    return part
 
 
 class DistinctIndices:

@@ -35,10 +35,11 @@ def score(
         weight = size if batch.weights is None else float(batch.weights.double().sum())
         for name, function in functions.items():
             values = function(output, batch.y)
-            if name != "loss" and values.shape[:1] != (size,):
+            if name != "loss" and (not isinstance(values, Tensor) or values.shape[:1] != (size,)):
                 raise ValueError(
                     f"the metric {name!r} must return one number per example, shape ({size},), but returned "
-                    f"{tuple(values.shape)}: a mean over batches would depend on how they are cut"
+                    f"{tuple(values.shape) if isinstance(values, Tensor) else repr(values)}: a mean over batches would "
+                    "depend on how they are cut"
                 )
             if batch.weights is not None:
                 sums[name] += float(weighted(values, batch.weights).double().sum())

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import send_to_device
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from steep.batches import Batch, as_batch, forward, logits, tensors
 from steep.loop.checkpoint import check_same_model
-from steep.loop.checks import check_batch_norm, explained
+from steep.loop.checks import check_batch_norm, check_part, explained
 from steep.loop.epochs import Epochs
 from steep.loop.groups import build_in_groups
 from steep.loop.measure import Stopwatch
@@ -28,6 +29,7 @@ from steep.loop.stopping import Stopper
 from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements, weighted
 from steep.roles import param_roles
+from steep.splits import Data
 from steep.utils.randomness import Stream, current_state, generator, set_current_state
 
 
@@ -67,14 +69,14 @@ class Training:
         started = time.process_time()
         self.recipe, self.accelerator, self.accumulate = recipe, accelerator, accumulate
         self.device = accelerator.device
-        data = recipe.data(generator(split_seed, "split"))
+        data = check_part(recipe.data(generator(split_seed, "split")), "data", Data)
         if len(data.train) == 0 or len(data.val) == 0:
             raise ValueError("the data are empty: the train and val loaders need at least one batch each")
         self.run = Run(
             data, seed, len(data.train), recipe.budget.total_steps(len(data.train)), generator(seed, "parts")
         )
         # set before loss and rule are built, which may look at the model; unwrapped, so that they see its own layers
-        self.run.model = model = recipe.build("model", self.run)
+        self.run.model = model = check_part(recipe.build("model", self.run), "model", nn.Module)
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"{type(model).__name__} has no parameter to train (none at all, or all are frozen)")
         self.loss = recipe.build("loss", self.run)
@@ -112,7 +114,7 @@ class Training:
         """The recipe's, over `_trainable`, in the recipe's groups."""
         named = self._trainable()
         if not self.recipe.groups:
-            return self.recipe.optimizer(list(named.values()))
+            return check_part(self.recipe.optimizer(list(named.values())), "optimizer", Optimizer)
         return build_in_groups(self.recipe.optimizer, named, param_roles(self.model), self.recipe.groups)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
@@ -185,6 +187,11 @@ class Training:
         self.examples += batch.size
         losses = self._evaluate(model, batch)
         check_losses(losses, batch.size, required_by=self.vector_for)
+        if not losses.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "the losses depend on no parameter of the model: were they computed under no_grad, detached, or from "
+                "an argmax?"
+            )
         mean = losses.detach().mean().item()  # waits for the device: the price of stopping before a bad step
         if not math.isfinite(mean):
             raise NonFinite(self._diagnosis(batch, losses))

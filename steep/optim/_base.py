@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
@@ -25,6 +26,13 @@ class BaseOptimizer(Optimizer):
     """`torch.optim.Optimizer` with hyper-parameters checked in every group and state loaded in the dtype it was in."""
 
     _ranges: ClassVar[Ranges]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} takes parameters, got a {type(params).__name__}: model.parameters()"
+            )
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._check({**self.defaults, **param_group})

@@ -162,6 +162,8 @@ def _remove_all(handles: Sequence[RemovableHandle]) -> None:
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"per-example gradients need the model itself, an nn.Module, got {model!r}")
     for module in model.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise ValueError("DataParallel runs copies of the layers: use DistributedDataParallel, one process per GPU")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 Ranges = Mapping[str, str | tuple[str, ...]]  # by name: an interval, or one per entry
@@ -23,7 +24,7 @@ def require(name: str, value: Any, valid: bool, allowed: str) -> None:
 
 def require_whole(name: str, value: Any, least: int) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `least`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(name, value, whole and value >= least, f"a whole number of at least {least}")
 
 
