@@ -47,7 +47,7 @@ class Batch(NamedTuple):
             return _length(self.x if self.y is None else self.y)
         except (TypeError, StopIteration):
             raise TypeError(
-                f"cannot tell how many examples a batch of {_describe(self.x)} holds: give it targets of known length, "
+                f"cannot tell how many examples a batch of {describe(self.x)} holds: give it targets of known length, "
                 "steep.Batch(x, y), or indices"
             ) from None
 
@@ -118,7 +118,7 @@ def _cut(value: Any, part: slice, size: int, name: str) -> Any:
         return type(value)(entry[part] for entry in value)
     if not isinstance(value, (Tensor, tuple, list)) or len(value) != size:
         raise ValueError(
-            f"the {name} of a batch of {size} cannot be split for gradient accumulation: {_describe(value)} does not "
+            f"the {name} of a batch of {size} cannot be split for gradient accumulation: {describe(value)} does not "
             f"have {size} entries. Put its batch dimension first, or use accumulate=1"
         )
     return value[part]
@@ -189,7 +189,7 @@ def _checked(batch: Batch) -> Batch:
             )
     if batch.indices is not None and not is_indices(batch.indices, batch.size):
         raise TypeError(
-            f"the third part of a batch, {_describe(batch.indices)}, cannot be the examples' indices (integers of shape"
+            f"the third part of a batch, {describe(batch.indices)}, cannot be the examples' indices (integers of shape"
             f" ({batch.size},)). Say what it is: steep.adapt(loader, lambda item: steep.Batch(item[0], item[1], "
             "weights=item[2])) for weights, or x={'tokens': item[0], 'lengths': item[1]}, y=item[2] for inputs"
         )
@@ -214,7 +214,7 @@ def _not_understood(item: Any) -> str:
     if isinstance(item, Tensor) or (isinstance(item, (tuple, list)) and len(item) == 1):
         one = "item" if isinstance(item, Tensor) else "item[0]"
         return (
-            f"the loader yields inputs without targets ({_describe(item)}): use steep.adapt(loader, lambda item: "
+            f"the loader yields inputs without targets ({describe(item)}): use steep.adapt(loader, lambda item: "
             f"({one}, {one})) to reconstruct them, or lambda item: steep.Batch({one}, None) for a loss without targets"
         )
     if isinstance(item, list) and item and _is_uncollated(item):
@@ -223,13 +223,14 @@ def _not_understood(item: Any) -> str:
             "or let it return (x, y) with a batch dimension in front"
         )
     return (
-        f"the loader yields {_describe(item)}; steep understands (x, y), (x, y, indices), dicts with 'labels', and "
+        f"the loader yields {describe(item)}; steep understands (x, y), (x, y, indices), dicts with 'labels', and "
         "steep.Batch. Say which part is which: steep.adapt(loader, lambda item: steep.Batch(x=..., y=..., "
         "weights=...)), where a dict as x is given to the model by name"
     )
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value's kind and shape in words, for messages."""
     if isinstance(value, Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, np.ndarray):
@@ -237,7 +238,7 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict of {', '.join(map(str, value))}"
     if isinstance(value, (tuple, list)):
-        parts = ", ".join(_describe(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
+        parts = ", ".join(describe(part) for part in value[:4]) + (", ..." if len(value) > 4 else "")
         return f"a {type(value).__name__} of {len(value)} ({parts})"
     return "None" if value is None else f"an object of type {type(value).__name__}"
 
@@ -271,7 +272,7 @@ def adapt(loader: Iterable[Any], function: Callable[[Any], Any]) -> Any:
         2
     """
     if not isinstance(loader, Iterable) or not callable(function):
-        raise TypeError(f"adapt(loader, function) got {_describe(loader)} and {_describe(function)}")
+        raise TypeError(f"adapt(loader, function) got {describe(loader)} and {describe(function)}")
     return _Adapted(loader, function)
 
 
@@ -322,7 +323,7 @@ def logits(output: Any) -> Tensor:
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"the model returns {_describe(output)}, where scores of classes are needed: let it return a tensor (B, K) "
+            f"the model returns {describe(output)}, where scores of classes are needed: let it return a tensor (B, K) "
             "or an object with `logits`"
         )
     return found

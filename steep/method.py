@@ -141,6 +141,17 @@ class Method:
         """Whether there is a way for it into a recipe, so that `compare` can have it as an arm."""
         return self.apply is not None or self.changes in BY_COMPONENT
 
+    def check(self, hyper: Mapping[str, Any]) -> None:
+        """Raise `TypeError` for a method that is no arm, an unknown hyper-parameter, or a value of the wrong type."""
+        if not self.is_arm:
+            raise TypeError(f"{self.id!r} is used on its own (see `steep show {self.id}`), not as an arm of a recipe")
+        for name, value in hyper.items():
+            if name not in self.hyper:
+                raise TypeError(f"{self.id!r} has no hyper-parameter {name!r}{nearest(name, self.hyper)}")
+            if _wrong_type(value, self.hyper[name]):
+                kind = type(self.hyper[name]).__name__
+                raise TypeError(f"{self.id!r}: {name}={value!r} must be of type {kind}, like its default")
+
     def __call__(self, recipe: Recipe, **hyper: Any) -> Recipe:
         """The recipe with this method in it.
 
@@ -152,14 +163,7 @@ class Method:
             raise TypeError(
                 f"a method takes a steep.Recipe, got {recipe!r}; in a loop of your own, use {self.make.__name__} itself"
             )
-        if not self.is_arm:
-            raise TypeError(f"{self.id!r} is used on its own (see `steep show {self.id}`), not as an arm of a recipe")
-        for name in hyper:
-            if name not in self.hyper:
-                raise TypeError(f"{self.id!r} has no hyper-parameter {name!r}{nearest(name, self.hyper)}")
-            if _wrong_type(hyper[name], self.hyper[name]):
-                kind = type(self.hyper[name]).__name__
-                raise TypeError(f"{self.id!r}: {name}={hyper[name]!r} must be of type {kind}, like its default")
+        self.check(hyper)
         # arms are compared by the loss the user wrote, whatever a method trains on
         recipe, hyper = recipe.replace(score=recipe.score or recipe.loss), {**self.preset, **hyper}
         if self.apply is not None:

@@ -290,11 +290,14 @@ METHODS = {
     "groups of an unknown role": (lambda: steep.param_groups(nn.Linear(2, 2), {"norms": {}}), r"fits no parameter"),
 }
 COMPARISONS = {
-    "no methods": (compare([]), r"method"),
-    "a text": (compare("adabelief"), r"\['adabelief'\]|list"),
+    "two in one text": (compare("adabelief,sven"), r"separate several by spaces"),
     "unknown": (compare(["adabelif"]), r"unknown method 'adabelif'; did you mean"),
     "twice": (compare(["adabelief", "adabelief"]), r"twice|adabelief"),
-    "the baseline's name": (compare([("baseline", lambda r: r)]), r"baseline"),
+    "a pair of a name and a function": (compare([("mine", lambda r: r)]), r"must be \(id, {name: value}\)"),
+    "all and another": (compare(["all", "adabelief"]), r"'all' stands for every method"),
+    "a join without an end": (compare(["sven+"]), r"a method's id is missing"),
+    "a value without a name": (compare(["adabelief:lr"]), r"write a hyper-parameter as adabelief:lr=VALUE"),
+    "a method in no file": (compare(["nowhere.py:method"]), r"nowhere.py"),
     "no seeds": (compare(["adabelief"], seeds=0), r"seeds=0 must"),
     "half a trial": (compare(["adabelief"], trials=0.5), r"trials=0.5 must"),
     "no minutes": (compare(["adabelief"], minutes=0), r"minutes=0 must"),

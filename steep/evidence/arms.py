@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from steep.evidence.runs.source import RecipeError, attribute_of
 from steep.evidence.study import BASELINE
 from steep.method import Choice, Method, Paper, Range, log_uniform
 from steep.method import method as by_id
+from steep.method import methods as all_methods
 from steep.recipe import Recipe
 
 LR_SCALE = log_uniform(0.1, 10.0)  # factor on the learning rate that the recipe came with
@@ -37,8 +41,59 @@ ADAMW = Method(
 
 
 def find_method(id: str) -> Method:
-    """A method's entry, or that of the fused AdamW which every study tunes as a reference."""
-    return ADAMW if id == ADAMW.id else by_id(id)
+    """The method of that id; of the fused AdamW which every study tunes as a reference; or of FILE.py:NAME.
+
+    Raises:
+        UnknownName: no such method.
+        RecipeError: no such file, or no method in it.
+    """
+    if id == ADAMW.id:
+        return ADAMW
+    return _method_of(id) if ":" in id else by_id(id)
+
+
+@cache
+def _method_of(place: str) -> Method:
+    """The entry of a method in a user's file, under the name of its place, so that every process can find it."""
+    value = attribute_of(place, (Method,))
+    if isinstance(value, type) or not (isinstance(value, Method) or callable(value)):
+        raise RecipeError(f"{place} is {value!r}, not a steep.Method or a function from recipe to recipe")
+    return replace(own_method(value), id=place)
+
+
+def parse(spec: str) -> list[tuple[str, dict[str, Any]]]:
+    """Ids and fixed hyper-parameters of an arm: ``id``, ``id:name=value,name=value``, and several joined by "+".
+
+    Raises:
+        ValueError: an empty id, or several that are not joined.
+
+    Example:
+        >>> parse("sven:rank=64,rtol=1e-4+mine.py:method")
+        [('sven', {'rank': 64, 'rtol': 0.0001}), ('mine.py:method', {})]
+    """
+    return [_part(part, spec) for part in re.split(r"\+(?![0-9])", spec)]  # not the sign of an exponent
+
+
+def _part(part: str, spec: str) -> tuple[str, dict[str, Any]]:
+    head, _, last = part.rpartition(":")
+    id, settings = (head, re.split(r",(?=[A-Za-z_]\w*=)", last)) if "=" in last else (part, [])
+    if not id or id != id.strip():
+        raise ValueError(
+            f"{spec!r}: a method's id is missing; methods are given as 'sven' or, joined, 'sven+adabelief'"
+        )
+    if head in all_methods() and "=" not in last:
+        raise ValueError(f"{spec!r}: write a hyper-parameter as {head}:{last}=VALUE")
+    if "," in id:
+        raise ValueError(f"{spec!r} is not the id of a method: separate several by spaces, as in sven adabelief")
+    return id, {name.strip(): literal(text) for name, _, text in (s.partition("=") for s in settings)}
+
+
+def literal(text: str) -> Any:
+    """A value as it is typed: a number, a tuple, `None`, ..., or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 @dataclass(frozen=True)
@@ -79,34 +134,55 @@ class Arm:
 
 
 def own_method(method: Method | Callable[[Recipe], Recipe]) -> Method:
-    """The entry of a method from outside steep; a plain function gets one without hyper-parameters."""
+    """The entry of a method from outside steep; a function's arguments with a default are its hyper-parameters."""
     if isinstance(method, Method):
         return method
-    name = method.__name__
+    name = getattr(method, "__name__", type(method).__name__)
     return Method(id=name, paper=Paper(name), changes="systems", make=method, apply=method)
 
 
 def make_arm(method: MethodLike) -> Arm:
-    """An arm from a method's id ("a+b" joins two), an ``(id, hyper)`` pair, a `Method`, or a function of a recipe.
+    """An arm from text (see `parse`), an ``(id, hyper)`` pair, a `Method`, or a function of a recipe.
 
     Raises:
         UnknownName: no such method.
-        TypeError: no such hyper-parameter, or a method that is no arm.
-        ValueError: a value of the wrong type or out of range.
+        RecipeError: no such file, or no method in it.
+        TypeError: no such hyper-parameter, one of the wrong type, or something else.
+        ValueError: a text that `parse` does not understand.
     """
-    if isinstance(method, (str, tuple)):
-        id, fixed = (method, {}) if isinstance(method, str) else (method[0], dict(method[1]))
-        arm = Arm(id, tuple((part, _fixed(part, id, fixed)) for part in id.split("+")))
-    else:
+    if isinstance(method, str):
+        parts = parse(method)
+    elif isinstance(method, tuple):
+        parts = _of_pair(method)
+    elif isinstance(method, Method) or (callable(method) and not isinstance(method, type)):
         own = own_method(method)
         arm = Arm(own.id, ((own.id, {}),), own=own)
+        return replace(arm, search_space=_search_space(arm))
+    else:
+        raise TypeError(f"{method!r} is no method: give its id, (id, {{name: value}}), a steep.Method or a function")
+    for id, fixed in parts:
+        find_method(id).check(fixed)
+    arm = Arm("+".join(_typed(id, fixed) for id, fixed in parts), tuple(parts))
     return replace(arm, search_space=_search_space(arm))
 
 
-def _fixed(part: str, id: str, fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """The fixed hyper-parameters of one of the methods joined in `id`."""
-    by_id(part)  # raises for an unknown method, before anything is trained
-    return dict(fixed) if part == id else {k.partition(".")[2]: v for k, v in fixed.items() if k.startswith(part + ".")}
+def _of_pair(pair: tuple[Any, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """``(id, hyper)``, or ``("a+b", {"a.lr": 0.1})`` with the names of both."""
+    if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], Mapping):
+        raise TypeError(f"{pair!r} must be (id, {{name: value}}), such as ('adabelief', {{'lr': 1e-3}})")
+    ids, given = [id for id, _ in parse(pair[0])], pair[1]
+    if len(ids) == 1:
+        return [(ids[0], dict(given))]
+    owners = {name: next((id for id in ids if name.startswith(f"{id}.")), None) for name in given}
+    lost = [name for name, id in owners.items() if id is None]
+    if lost:
+        raise TypeError(f"{lost[0]!r} in {pair!r} belongs to neither: write '{ids[0]}.{lost[0]}'")
+    return [(id, {n.removeprefix(f"{id}."): v for n, v in given.items() if owners[n] == id}) for id in ids]
+
+
+def _typed(id: str, fixed: Mapping[str, Any]) -> str:
+    """An id and its fixed hyper-parameters as they are typed."""
+    return f"{id}:{','.join(f'{name}={value}' for name, value in fixed.items())}" if fixed else id
 
 
 def _search_space(arm: Arm) -> dict[str, Range | Choice]:
@@ -130,6 +206,8 @@ def make_arms(recipe: Recipe, methods: Sequence[MethodLike]) -> list[Arm]:
     """
     baseline = Arm(BASELINE, (), {} if recipe.rounds else {"lr_scale": LR_SCALE})
     reference = [] if recipe.rounds else [Arm(ADAMW.id, ((ADAMW.id, {}),), ADAMW.search_space)]
+    if "all" in methods:
+        raise ValueError("'all' stands for every method that fits the recipe: give it alone")
     arms = [baseline, *reference, *(make_arm(m) for m in methods if m != ADAMW.id)]
     names = [arm.name for arm in arms]
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -24,8 +24,10 @@ from steep.evidence.runs.workers import Workers
 from steep.evidence.study import BASELINE, CONTROL, Study
 from steep.evidence.tuning import Tuned
 from steep.loop.tracking import as_log
+from steep.method import Method
 from steep.method import methods as all_methods
 from steep.recipe import Recipe
+from steep.utils.validation import check_ranges, require_whole
 
 
 def compare(
@@ -52,7 +54,9 @@ def compare(
 
     Args:
         recipe: a recipe, a task's name, ``file.py:recipe`` or ``package.module:recipe``.
-        methods: ids ("a+b" joins two), ``(id, hyper)`` pairs, `Method` objects, functions of a recipe, or "all".
+        methods: ids, with fixed hyper-parameters ("adabelief:lr=1e-3", or ``("adabelief", {"lr": 1e-3})``); several
+            joined by "+"; functions from recipe to recipe and `Method` objects, or their places ("my.py:method"); or
+            "all" for every method that fits the recipe.
         minutes: choose trials and seeds that fit into this time.
         seeds: paired confirmation seeds; 8 by default (16 if `sequential`). Fewer than 6 give numbers, but no verdict.
         trials: tuning trials per arm; 8 by default.
@@ -83,7 +87,8 @@ def compare(
         ('adabelief', 'too few seeds')
     """
     as_log(log)  # refuses an unknown tracker before anything is trained
-    source, loaded = _load(recipe, methods)
+    _check_limits(minutes, seeds=seeds, trials=trials, workers=workers)
+    source, loaded, own = _load(recipe, methods)
     metrics = _metrics(loaded, score)
     arms, count, store = make_arms(loaded, _requested(methods)), workers or os.cpu_count() or 1, Store(out)
     with ExitStack() as stack:
@@ -93,10 +98,14 @@ def compare(
         processes = stack.enter_context(Workers(source, store, count, bar.done, log, shared))
         _keep_origin(store, source, command)
         agree = shared.agree if shared else alone
-        protocol = Protocol(loaded, source, store, processes, arms, score, metrics[score], agree)
-        dry_runs, left_out = protocol.dry_run(lenient=methods == "all")
+        protocol = Protocol(loaded, source, store, processes, arms, score, metrics[score], agree, own)
+        left_out = protocol.leave_out(lenient=methods == "all")
+        names = [arm.name for arm in protocol.arms]
+        bar.begin("dry runs", f"Trying each for a moment: {', '.join(names)}.", len(names))
+        dry_runs, failed = protocol.dry_run(lenient=methods == "all")
+        left_out |= failed
         plan = protocol.plan(dry_runs, minutes=minutes, trials=trials, seeds=seeds, sequential=sequential)
-        bar.begin(announcement(plan, [arm.name for arm in protocol.arms], left_out, count), plan.runs)
+        bar.begin("training runs", announcement(plan, [arm.name for arm in protocol.arms], left_out, count), plan.runs)
         tuned = protocol.tune(plan.trials)
         confirmed = protocol.confirm(tuned, plan.interim_analyses)
         equal = {role: protocol.at_equal(role, tuned, confirmed.runs) for role in STEP_RULES}
@@ -107,22 +116,34 @@ def compare(
     return study
 
 
+def _check_limits(minutes: float | None, **counts: int | None) -> None:
+    if minutes is not None:
+        check_ranges({"minutes": minutes}, {"minutes": "(0, inf)"})
+    for name, value in counts.items():
+        if value is not None:
+            require_whole(name, value, 1)
+
+
 def _requested(methods: Sequence[MethodLike] | str) -> list[MethodLike]:
     if methods == "all":
         return [method.id for method in all_methods().values() if method.is_arm]
-    return [methods] if isinstance(methods, str) else list(methods)
+    pair = isinstance(methods, tuple) and len(methods) == 2 and isinstance(methods[1], Mapping)
+    single = pair or isinstance(methods, (str, Method)) or callable(methods)
+    return [methods] if single else list(methods)  # type: ignore[list-item]
 
 
-def _load(recipe: Recipe | str, methods: Sequence[MethodLike] | str) -> tuple[Source, Recipe]:
-    """The recipe, and how a worker process loads it together with the user's own methods."""
+def _load(recipe: Recipe | str, methods: Sequence[MethodLike] | str) -> tuple[Source, Recipe, Mapping[str, Method]]:
+    """How a worker process loads the recipe and the user's own methods; the recipe; and these methods' entries."""
     own = [own_method(method) for method in _requested(methods) if not isinstance(method, (str, tuple))]
+    if not isinstance(recipe, (str, Recipe)):
+        raise TypeError(f"compare takes a steep.Recipe, or the name of one, got {recipe!r}")
     if not isinstance(recipe, str):
         source = from_value(recipe, {method.id: method for method in own})
     elif own:
         raise ValueError("methods that are functions or `Method` objects need the recipe itself, not its name")
     else:
         source = from_name(recipe)
-    return source, source.load()[0]
+    return source, *source.load()
 
 
 def _metrics(recipe: Recipe, score: str) -> dict[str, bool]:

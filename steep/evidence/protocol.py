@@ -10,17 +10,19 @@ from steep.evidence import tuning
 from steep.evidence.arms import Arm
 from steep.evidence.assemble import compared
 from steep.evidence.budgets import at_equal_examples, at_equal_time, steps_for
+from steep.evidence.fitting import misfits
 from steep.evidence.planning import Plan, agreed, fixed_budget
 from steep.evidence.runs.dry_runs import DryRuns
 from steep.evidence.runs.jobs import DryRun, Job, dry_run
 from steep.evidence.runs.shared import Agree
 from steep.evidence.runs.source import Source
 from steep.evidence.runs.store import Store
-from steep.evidence.runs.workers import Failure, Workers
+from steep.evidence.runs.workers import Failure, Traceback, Workers
 from steep.evidence.statistics.sequential import InterimAnalysis, stopping_points
 from steep.evidence.study import BASELINE, CONTROL, Comparison, RunRecord
 from steep.evidence.tuning import Tuned
-from steep.loop.training import NonFinite
+from steep.loop.training import NonFinite, RunError
+from steep.method import Method
 from steep.recipe import Budget, Recipe
 from steep.requires import UnmetRequirement
 
@@ -49,6 +51,7 @@ class Protocol:
     score: str
     higher_is_better: bool
     agree: Agree
+    own: Mapping[str, Method]
 
     # Dry runs and plan -----------------------------------------------------------------------------------------------
 
@@ -61,11 +64,19 @@ class Protocol:
             if error.kind == NonFinite.__name__ and name != BASELINE:
                 dry_runs[name] = dry_runs[BASELINE]  # diverging with the defaults is a result, not a misfit
             elif name == BASELINE or not lenient:
-                raise (UnmetRequirement if error.kind == UnmetRequirement.__name__ else ValueError)(
-                    f"{name}: {error.message}"
-                )
+                kind = UnmetRequirement if error.kind == UnmetRequirement.__name__ else RunError
+                raise kind(f"{name}: {error.message}") from Traceback(error.traceback)
         self.arms = [arm for arm in self.arms if arm.name in dry_runs]
         return dry_runs, {name: errors[name].message for name in found if name not in dry_runs}
+
+    def leave_out(self, lenient: bool) -> dict[str, str]:
+        """Leave out, or refuse, the arms that one batch shows not to fit: sooner than workers are there to try them."""
+        found = misfits(self.recipe, self.own, self.arms)
+        if found and not lenient:
+            name, error = next(iter(found.items()))
+            raise type(error)(f"{name}: {error}")
+        self.arms = [arm for arm in self.arms if arm.name not in found]
+        return {name: str(error) for name, error in found.items()}
 
     def _dry_runs(self) -> dict[str, DryRun | Failure]:
         """By arm. They are measured once for a store, so that a resumed comparison gets the same plan."""

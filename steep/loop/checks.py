@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from steep.batches import Batch, Indexed, as_batch, forward
+from steep.batches import Batch, Indexed, as_batch, describe, forward
 from steep.recipe import Recipe
 from steep.requires import coupling_layers
 from steep.splits import Loader
@@ -94,14 +94,15 @@ _ONE = "more than 1 value per channel"  # torch's words where BatchNorm meets on
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Say what to do where BatchNorm has met a batch of one example, whose size could not be known before."""
+def explained(what: str, *values: Any) -> Iterator[None]:
+    """Note on an error what was called on which values, and say what to do where BatchNorm has met a single example."""
     try:
         yield
-    except ValueError as error:
-        if _ONE not in str(error):
-            raise
-        raise ValueError(f"a training batch has one example, which BatchNorm cannot normalise: {_DROP}") from error
+    except Exception as error:
+        if isinstance(error, ValueError) and _ONE in str(error):  # a batch whose size could not be known before
+            raise ValueError(f"a training batch has one example, which BatchNorm cannot normalise: {_DROP}") from error
+        error.add_note(f"while the {what} was called with {' and '.join(map(describe, values))}")
+        raise
 
 
 _DROP = "pass drop_last=True to the loader, choose another batch_size, or use GroupNorm"

@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from steep.batches import as_batch, forward
+from steep.loop.checks import explained
 from steep.recipe import Metric
 from steep.requires import weighted
 from steep.splits import Loader
@@ -31,10 +32,13 @@ def score(
     for item in loader:
         batch = as_batch(item)
         batch = batch if device.type == "cpu" else send_to_device(batch, device)
-        output, size = forward(model, batch.x), batch.size
+        size = batch.size
+        with explained("model", batch.x):
+            output = forward(model, batch.x)
         weight = size if batch.weights is None else float(batch.weights.double().sum())
         for name, function in functions.items():
-            values = function(output, batch.y)
+            with explained(name if name == "loss" else f"metric {name!r}", output, batch.y):
+                values = function(output, batch.y)
             if name != "loss" and (not isinstance(values, Tensor) or values.shape[:1] != (size,)):
                 raise ValueError(
                     f"the metric {name!r} must return one number per example, shape ({size},), but returned "

@@ -204,11 +204,12 @@ class Training:
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         if "indices" in self.requires["rule"]:
             self.rule.indices = batch.indices
-        with explained():
+        with explained("model", batch.x):
             output = forward(model, batch.x)
         if "classes" in self.requires["loss"]:
             output = logits(output)
-        losses = self.loss(output, batch.y, **self._asked(batch))
+        with explained("loss", output, batch.y):
+            losses = self.loss(output, batch.y, **self._asked(batch))
         return losses if batch.weights is None else weighted(losses, batch.weights)
 
     def _asked(self, batch: Batch) -> dict[str, Any]:

@@ -127,9 +127,11 @@ def dry_run(arm: Arm, source: Source) -> DryRun:
     methods, _ = arm.settings(arm.defaults())
     limit = min(DRY_RUN_SECONDS, recipe.budget.seconds or DRY_RUN_SECONDS)
     brief = arm_recipe(recipe, own, methods, 1.0, replace(recipe.budget, seconds=limit))
+    started = time.perf_counter()
     trained = fit(brief, evaluate_every=sys.maxsize, progress=False)
+    building = time.perf_counter() - started - trained.seconds - trained.other_seconds
     evaluation = trained.other_seconds / 2  # a dry run evaluates once on the validation and once on the test data
-    return DryRun(trained.cpu_seconds / trained.steps, evaluation * EVALUATIONS, trained.horizon)
+    return DryRun(trained.cpu_seconds / trained.steps, building + evaluation * EVALUATIONS, trained.horizon)
 
 
 def run_job(job: Job, source: Source, directory: str, code: str, log: str | None = None) -> RunRecord:

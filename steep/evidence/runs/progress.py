@@ -7,23 +7,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StudyProgress(Progress):
-    """A progress bar whose total is known once the study has been planned."""
+    """A progress bar over the dry runs, then over the training runs that have been planned."""
 
     def __init__(self, console: Console):
         columns = (
-            TextColumn("training runs"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         super().__init__(*columns, console=console, disable=not console.is_terminal or console.quiet)
-        self.bar = self.add_task("training runs", total=None)
+        self.bar = self.add_task("", total=None)
 
-    def begin(self, announcement: str, runs: int) -> None:
-        """Print what is planned, and set the total."""
-        self.console.print(announcement)
-        self.update(self.bar, total=runs)
+    def begin(self, what: str, announcement: str, runs: int) -> None:
+        """Print what comes next, and start the bar again with that many runs."""
+        self.console.print(announcement, markup=False, highlight=False)
+        self.reset(self.bar, description=what, total=runs)
 
     def done(self) -> None:
         """One more run is in the store."""

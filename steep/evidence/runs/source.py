@@ -103,19 +103,33 @@ def load_recipe(name: str) -> Recipe:
     """
     if _is_task(name):
         return task(name)
-    place, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         hint = ", or give the recipe in it: FILE.py:NAME" if name.endswith(".py") else ""
         raise UnknownName(f"unknown task {name!r}{nearest(name, tasks())}{hint}")
-    module = _import(place)
-    found = {key: value for key, value in vars(module).items() if isinstance(value, Recipe)}
-    value = getattr(module, attribute, None)
-    if value is None:
-        raise RecipeError(f"{place} has no recipe {attribute!r}{nearest(attribute, found)}")
+    value = attribute_of(name, (Recipe,))
     recipe = value() if inspect.isfunction(value) else value
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{name} is a {type(recipe).__name__}, not a steep.Recipe or a function that returns one")
     return recipe
+
+
+def attribute_of(name: str, kinds: tuple[type, ...]) -> Any:
+    """What FILE.py:NAME or PACKAGE.MODULE:NAME stands for.
+
+    Args:
+        kinds: of what the message names where there is no such attribute.
+
+    Raises:
+        RecipeError: no such file, module or attribute, or it raises while imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    module = _import(place)
+    value = getattr(module, attribute, None)
+    if value is None:
+        found = [key for key, other in vars(module).items() if isinstance(other, kinds)]
+        kind = kinds[0].__name__.lower()
+        raise RecipeError(f"{place} has no {kind} {attribute!r}{nearest(attribute, found)}")
+    return value
 
 
 def _is_task(name: str) -> bool:
@@ -168,7 +182,9 @@ def code_version(methods: Iterable[str]) -> str:
     Comments and docstrings do not count, so that only a change of the code makes runs stale.
     """
     known = all_methods()
-    own = [Path(inspect.getfile(known[id].make)) for id in sorted(set(methods)) if id in known]
+    ids = sorted(set(methods))
+    own = [Path(inspect.getfile(known[id].make)) for id in ids if id in known]
+    own += [_file_of(id.rpartition(":")[0]) for id in ids if ":" in id]
     files = sorted(imported([ROOT / "fit.py", *own]))
     return hashed(torch.__version__, *(code_of(path) for path in files))
 

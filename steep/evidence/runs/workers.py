@@ -23,6 +23,7 @@ from steep.evidence.runs.source import Source, code_version
 from steep.evidence.runs.store import Store
 from steep.evidence.study import RunRecord
 from steep.loop.training import RunError
+from steep.utils.places import sentence
 
 T = TypeVar("T")
 POLL = 1.0  # seconds between queries for what other machines have done
@@ -35,7 +36,11 @@ class Failure:
 
     kind: str
     message: str
-    place: str
+    traceback: str
+
+
+class Traceback(Exception):
+    """The traceback of an error in a worker, shown as the cause of the error that is raised here."""
 
 
 class Workers:
@@ -163,7 +168,7 @@ class Workers:
     def _result(self, future: Future[Any], job: Job) -> Any:
         result = future.result()
         if isinstance(result, Failure):
-            raise RunError(f"{job.arm}, seed {job.seed}: {result.kind}: {result.message} ({result.place})")
+            raise RunError(f"{job.arm}, seed {job.seed}: {result.message}") from Traceback(result.traceback)
         return result
 
     def apply(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -171,6 +176,8 @@ class Workers:
 
         def attempt() -> list[Any]:
             futures = [self.executor.submit(_guarded, function, *args) for args in arguments]
+            for _ in as_completed(futures):
+                self.advanced()
             return [future.result() for future in futures]
 
         return self._retry(attempt)
@@ -192,5 +199,4 @@ def _guarded(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return Failure(type(error).__name__, str(error), f"{frame.filename}, line {frame.lineno}")
+        return Failure(type(error).__name__, sentence(error), traceback.format_exc())
