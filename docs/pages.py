@@ -20,7 +20,7 @@ import measured
 from measured import table
 
 import steep
-from steep.cli import range_text
+from steep.cli.catalog import range_text
 from steep.evidence.claims import ledger
 from steep.evidence.claims.verdicts import effect, gains, number, numbers
 from steep.method import PACKAGES, methods

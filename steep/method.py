@@ -167,7 +167,10 @@ class Method:
         # arms are compared by the loss the user wrote, whatever a method trains on
         recipe, hyper = recipe.replace(score=recipe.score or recipe.loss), {**self.preset, **hyper}
         if self.apply is not None:
-            return self.apply(recipe, **hyper)
+            found = self.apply(recipe, **hyper)
+            if not isinstance(found, Recipe):
+                raise TypeError(f"{self.id!r} must return a steep.Recipe, but returned {found!r}")
+            return found
         if self.sgd_lr is not None:
             recipe = sgd(recipe, hyper.pop("lr", self.sgd_lr))
         return BY_COMPONENT[self.changes](recipe, self.make, **hyper)

@@ -79,8 +79,8 @@ def test_no_import_circles(for_types):
 
 def test_nothing_in_the_package_imports_the_package_itself():
     """``import steep`` inside steep makes every module depend on every other: the version is in `steep.version`."""
-    outside = {"steep.cli", "steep.__main__"}
-    assert not [name for name, path in MODULES.items() if name not in outside and "steep" in imports(path)]
+    outside = ("steep.cli", "steep.__main__")
+    assert not [name for name, path in MODULES.items() if not name.startswith(outside) and "steep" in imports(path)]
 
 
 def test_methods_import_heavy_libraries_only_where_they_are_used():

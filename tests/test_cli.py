@@ -11,6 +11,7 @@ import pytest
 
 import steep
 from steep import cli
+from steep.cli.training import with_settings
 from steep.evidence.runs.store import Store
 
 
@@ -88,9 +89,9 @@ def test_fit_trains_with_and_without_methods(monkeypatch, capsys, recipe_file, t
         (("--method", "adabelief", "--set", "lrr=1"), "no hyper-parameter 'lrr'; did you mean 'lr'"),
         (("--method", "adabelief", "--method", "diffgrad"), "both replace the recipe's optim"),
         (("--method", "ps-kd"), "needs class labels"),
-        (("--steps", "0"), "steps=0 must be positive"),
+        (("--steps", "0"), "steps=0 must be a whole number"),
         (("--precision", "fp8"), "precision='fp8'"),
-        (("--seconds", "-1"), "seconds=-1.0 must be positive"),
+        (("--seconds", "-1"), "seconds=-1.0 must lie"),
         (("--log", "tensorbord"), "log='tensorbord' is no tracker"),
     ],
 )
@@ -142,11 +143,11 @@ def test_every_line_of_the_report_repeats_its_run_bit_for_bit(monkeypatch, capsy
 
 
 def test_hyper_parameters_of_several_methods_are_told_apart():
-    found = cli._hyper(["adabelief.lr=0.1", "ps-kd.alpha_T=0.5"], ["adabelief", "ps-kd"])
+    found = dict(with_settings(["adabelief", "ps-kd"], ["adabelief.lr=0.1", "ps-kd.alpha_T=0.5"]))
     assert found == {"adabelief": {"lr": 0.1}, "ps-kd": {"alpha_T": 0.5}}
-    assert cli._hyper(["schedule=static", "n=2", "rate=None"], ["x"]) == {
-        "x": {"schedule": "static", "n": 2, "rate": None}
-    }
+    assert with_settings(["x:a=1"], ["schedule=static", "n=2", "rate=None"]) == [
+        ("x", {"a": 1, "schedule": "static", "n": 2, "rate": None})
+    ]
 
 
 def test_runs_lists_and_filters_and_resume_goes_on(monkeypatch, capsys, recipe_file, tmp_path):

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from steep.batches import as_batch, forward
+from steep.batches import as_batch
 from steep.evidence.arms import Arm
 from steep.evidence.runs.jobs import arm_recipe
-from steep.loop.modes import evaluating
 from steep.loop.training import Training, accelerator
 from steep.method import Method
 from steep.recipe import Recipe
@@ -28,9 +27,8 @@ def misfits(recipe: Recipe, own: Mapping[str, Method], arms: Sequence[Arm]) -> d
         training = Training(recipe, 0, 0, accelerator("cpu", "no"))
         training.check()
         batch = as_batch(next(iter(training.run.data.train)))
-        with evaluating(training.model, training.owned):
-            losses = training.score(forward(training.model, batch.x), batch.y)
-        check_losses(losses, batch.size)
+        losses = training.losses(training.model, batch)
+        training.evaluate([batch])
         facts = Facts(training.model, training.run.data, batch)
         found = {arm.name: _misfit(arm, recipe, own, facts, losses) for arm in arms}
     return {name: error for name, error in found.items() if error is not None}
@@ -41,11 +39,13 @@ def _misfit(
 ) -> Exception | None:
     try:
         if not any(id in own or ":" in id for id, _ in arm.methods):  # a user's function may take its time
-            arm_recipe(recipe, own, arm.settings(arm.defaults())[0], 1.0, recipe.budget)
+            made = arm_recipe(recipe, own, arm.settings(arm.defaults())[0], 1.0, recipe.budget)
+            if made.optimizer is not recipe.optimizer:
+                made.optimizer(list(facts.model.parameters()))  # refuses values out of range
         for method in arm.entries if len(arm.entries) == 1 else ():  # of several, one may provide what another requires
-            check_requirements(method.id, method.requires, facts)
+            check_requirements(method.make.__name__, method.requires, facts)
             if "losses" in method.requires:
-                check_losses(losses, facts.batch.size, required_by=method.id)
+                check_losses(losses, facts.batch.size, required_by=method.make.__name__)
     except (UnmetRequirement, ValueError, TypeError) as error:
         return error
     return None

@@ -76,6 +76,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        raise CheckpointError(f"the checkpoint {path} is a folder: give a file in it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # the file is whole, but torch will not build what is in it
@@ -84,9 +86,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"could run code. Give another path ({str(error).splitlines()[0]})"
         ) from error
     except Exception as error:
-        raise CheckpointError(
-            f"{path} is truncated, or no checkpoint at all: give another path, or delete it to start afresh ({error})"
-        ) from error
+        raise CheckpointError(f"{path} is truncated, or no checkpoint at all: give another path ({error})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path} holds no checkpoint of steep: give another path")
     if state["format"] < FORMAT:

@@ -89,7 +89,7 @@ def test_a_change_of_the_claim_makes_it_stale(folder, old, new):
         ("evidence/statistics/paired.py", True),  # the protocol
         ("evidence/claims/claim.py", True),
         ("optim/adabelief.py", False),  # another method
-        ("cli.py", False),  # only shows
+        ("cli/catalog.py", False),  # only shows
         ("evidence/report/page.py", False),
         ("tasks/digits.py", False),  # a task it does not name
     ],

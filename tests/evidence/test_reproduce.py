@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from steep import cli
+from steep.cli.training import with_settings
 from steep.evidence.report.reproduce import command
 from steep.evidence.study import RunRecord
 
@@ -23,7 +23,7 @@ def settings(line: str) -> dict[str, dict[str, Any]]:
     """What `steep fit` makes of the line's `--set`, by method."""
     words = shlex.split(line)
     values = {option: [v for o, v in itertools.pairwise(words) if o == option] for option in words}
-    return cli._hyper(values.get("--set", []), values["--method"])
+    return dict(with_settings(values["--method"], values.get("--set", [])))
 
 
 def test_a_plain_run_is_named_by_recipe_budget_and_seed() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from steep.evidence.report import rows
 from steep.evidence.report.reproduce import command, first_commands
 from steep.evidence.report.sentences import headline, sentences
-from steep.evidence.report.table import cells, notes
+from steep.evidence.report.table import all_cells, notes
 from steep.evidence.report.wording import settings
 from steep.evidence.study import CONTROL, RunRecord, Study
 
@@ -34,7 +34,7 @@ def markdown(study: Study) -> str:
 
 
 def _table(study: Study) -> str:
-    found = [cells(arm, study) for arm in rows.ranked(study)]
+    found = all_cells(study)
     return _pipes(list(found[0]), [list(row.values()) for row in found])
 
 

@@ -48,6 +48,11 @@ def cells(arm: ArmResult, study: Study) -> dict[str, str]:
     }
 
 
+def all_cells(study: Study) -> list[dict[str, str]]:
+    """The rows of every arm, best first."""
+    return [cells(arm, study) for arm in ranked(study)]
+
+
 def _other_examples(study: Study) -> bool:
     """Whether any arm sees another number of examples than the baseline in as many steps."""
     return any("equal examples" in dict(kinds(arm)) for arm in study.arms)
@@ -73,7 +78,7 @@ class _StudyTable:
         def text(content: str, style: str = "") -> Text:
             return Text(content.translate(ASCII) if options.ascii_only else content, style=style)
 
-        rows = [cells(arm, self.study) for arm in ranked(self.study)]
+        rows = all_cells(self.study)
         headings, gap = _fitting(rows, options.max_width)
         table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
         for heading in headings:
@@ -83,6 +88,9 @@ class _StudyTable:
             style = "dim" if row["arm"] == CONTROL else None
             table.add_row(*(text(row[h], STYLES.get(row[h], "")) for h in headings), style=style)
         yield table
+        if rows and len(headings) < len(rows[0]):
+            absent = ", ".join(h for h in rows[0] if h not in headings)
+            yield text(f"Left out at this width: {absent} (see --json, or a wider terminal).", "dim")
         yield from (Padding(text(f"- {note}"), (0, 0), expand=False) for note in notes(self.study))
 
 
