@@ -10,7 +10,7 @@ import torch
 from steep.batches import Batch, as_batch
 from steep.loop.checks import DistinctIndices
 from steep.splits import Loader
-from steep.utils.loaders import parts_of
+from steep.utils.loaders import parts_of, release
 from steep.utils.randomness import Stream
 
 
@@ -45,6 +45,8 @@ class Epochs:
     def next_batch(self) -> Batch:
         with self.stream.active():
             if self.batches is None:
+                # workers that persist would go on with random numbers of earlier epochs, which no checkpoint holds
+                release(self.loader)
                 self.batches = iter(self.loader)
             item = next(self.batches, None)
         if item is None:

@@ -30,6 +30,7 @@ from steep.recipe import Recipe, Run
 from steep.requires import Facts, check_losses, check_requirements, weighted
 from steep.roles import param_roles
 from steep.splits import Data
+from steep.utils.loaders import release
 from steep.utils.randomness import Stream, current_state, generator, set_current_state
 
 
@@ -317,9 +318,11 @@ class Training:
         return self.stopper.best
 
     def close(self) -> None:
-        """End what the rounds hold open, such as the worker processes of a loader in the middle of an epoch."""
+        """End the worker processes of loaders, also in the middle of an epoch."""
         if hasattr(self.rounds, "close"):
             self.rounds.close()
+        for loader in (self.run.data.train, self.run.data.val, self.run.data.test, *self.run.data.clients):
+            release(loader)
 
     def _stateful(self) -> dict[str, Any]:
         parts = {"model": self.model, "train": self.run.data.train}  # before the rounds, which replay batches

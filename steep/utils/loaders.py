@@ -53,3 +53,11 @@ def parts_of(loader: Any) -> Iterator[Any]:
         yield loader
         inner = getattr(loader, "batch_sampler", None)  # not by its truth: that asks for a length, which it may lack
         loader = getattr(loader, "sampler", None) if inner is None else inner
+
+
+def release(loader: Any) -> None:
+    """End the worker processes that a `DataLoader` with ``persistent_workers=True`` keeps between two passes."""
+    while isinstance(loader, LoaderWrapper):
+        loader = loader.loader
+    if getattr(loader, "_iterator", None) is not None:
+        loader._iterator = None

@@ -166,7 +166,7 @@ def import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RecipeError(f"no recipe file at {path}")
     sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours
-    spec = importlib.util.spec_from_file_location(f"steep_recipe_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -174,6 +174,17 @@ def import_file(path: Path) -> ModuleType:
     spec.loader.exec_module(module)
     cloudpickle.register_pickle_by_value(module)  # no worker could import it by name
     return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's own name, by which the worker processes of a loader can import it too, unless that is taken."""
+    importlib.invalidate_caches()
+    try:
+        found = importlib.util.find_spec(path.stem)
+    except (ImportError, ValueError, AttributeError):
+        found = None
+    ours = found is not None and found.origin is not None and Path(found.origin).resolve() == path.resolve()
+    return path.stem if ours else f"steep_recipe_{path.stem}"
 
 
 def code_version(methods: Iterable[str]) -> str:

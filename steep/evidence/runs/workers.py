@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -76,7 +77,11 @@ class Workers:
     def _start(self) -> None:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.executor = ProcessPoolExecutor(
-            self.count, initializer=_initialize, initargs=(os.getpid(),), env=threads, timeout=None
+            self.count,
+            initializer=_initialize,
+            initargs=(os.getpid(), multiprocessing.get_start_method()),
+            env=threads,
+            timeout=None,
         )
 
     def code(self, job: Job) -> str:
@@ -190,7 +195,9 @@ def _done(running: dict[Future[Any], str]) -> set[Future[Any]]:
     return wait(running, POLL, FIRST_COMPLETED).done
 
 
-def _initialize(parent: int) -> None:
+def _initialize(parent: int, start_method: str) -> None:
+    # loky makes its own method the default of this process, which loaders with workers of their own cannot use
+    multiprocessing.set_start_method(start_method, force=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
     start_worker(parent)
 
