@@ -6,11 +6,12 @@ to the other.
 
 from steep.linalg._cg import Solution, cg
 from steep.linalg._hutchinson import Estimate, hutchinson_diagonal, hutchinson_trace, rademacher
-from steep.linalg._lanczos import Ritz, Spectrum, density, lanczos, spectrum
+from steep.linalg._lanczos import Eigenpairs, Ritz, Spectrum, density, lanczos, outermost, spectrum
 from steep.linalg._products import fisher, fisher_vp, ggn, ggn_vp, hessian, hvp
 from steep.linalg._vectors import MatVec, flatten, on_vectors, unflatten
 
 __all__ = [
+    "Eigenpairs",
     "Estimate",
     "MatVec",
     "Ritz",
@@ -29,6 +30,7 @@ __all__ = [
     "hvp",
     "lanczos",
     "on_vectors",
+    "outermost",
     "rademacher",
     "spectrum",
     "unflatten",

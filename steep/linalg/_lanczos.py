@@ -103,6 +103,81 @@ def _ritz(diagonal: list[float], beside: list[float], basis: Tensor) -> Ritz:
     return Ritz(values, basis.T @ s.to(basis), s[0].square(), beside[-1] * s[-1].abs())
 
 
+class Eigenpairs(NamedTuple):
+    """Eigenpairs, by falling size of the eigenvalue.
+
+    Args:
+        values: (k,), float64, with their signs.
+        vectors: (n, k), orthonormal.
+        residuals: ``|A u - θ u|`` of each pair, (k,), float64.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+
+
+def outermost(
+    matvec: MatVec, n: int, k: int, products: int, generator: torch.Generator, *, dtype: torch.dtype | None = None
+) -> Eigenpairs:
+    """The k eigenvalues of a symmetric n x n matrix that are largest in size, each as often as it occurs.
+
+    This is band Lanczos: from one starting vector, Lanczos finds one eigenvector for every distinct eigenvalue; from k
+    of them, up to k.
+
+    Args:
+        matvec: product with the matrix.
+        k: pairs, in [1, n].
+        products: to spend, >= k; at most n are used. Holds as many vectors of n numbers, and k more.
+        generator: of the starting vectors.
+        dtype: of the vectors; torch's default.
+
+    Example:
+        >>> d = torch.tensor([1.0, -3.0, 5.0, 5.0])
+        >>> outermost(lambda v: d * v, 4, 3, 4, torch.Generator()).values.float()
+        tensor([ 5.,  5., -3.])
+    """
+    check_ranges({"k": k, "products": products}, {"k": f"[1, {n}]", "products": f"[{k}, inf)"})
+    products = min(products, n)
+    basis = _Basis(rademacher(n, generator, dtype=dtype).new_empty(min(products + k, n), n))
+    while basis.count < k:
+        basis.add(rademacher(n, generator, dtype=dtype), 1e-6 * n**0.5)
+    projected, size = torch.zeros(len(basis.rows), products, dtype=torch.float64), 0.0  # basis A basisᵀ
+    for j in range(products):
+        while basis.count <= j:  # the basis spans an invariant subspace: the rest is orthogonal to it
+            basis.add(rademacher(n, generator, dtype=dtype), 1e-6 * n**0.5)
+        w = matvec(basis.rows[j])
+        size = max(size, float(w.norm()))
+        basis.add(w, 10 * n**0.5 * torch.finfo(w.dtype).eps * size)
+        projected[: basis.count, j] = (basis.rows[: basis.count] @ w).double().cpu()
+    return _largest(projected, basis.rows, k)
+
+
+class _Basis:
+    """Orthonormal rows, filled one after the other."""
+
+    def __init__(self, rows: Tensor):
+        self.rows, self.count = rows, 0
+
+    def add(self, v: Tensor, negligible: float = 0.0) -> None:
+        """Add what `v` has outside the span, unless that is no longer than `negligible`, or the basis is whole."""
+        q = self.rows[: self.count]
+        for _ in range(2):  # one pass leaves rounding errors that matter where little of v is left
+            v = v - q.T @ (q @ v)
+        if self.count < len(self.rows) and v.norm() > negligible:
+            self.rows[self.count] = v / v.norm()
+            self.count += 1
+
+
+def _largest(projected: Tensor, basis: Tensor, k: int) -> Eigenpairs:
+    m = projected.shape[1]
+    values, s = torch.linalg.eigh((projected[:m] + projected[:m].T) / 2)
+    top = values.abs().argsort(descending=True)[:k]
+    values, s = values[top].to(basis.device), s[:, top]
+    residuals = (projected[m:] @ s).norm(dim=0).to(basis.device)
+    return Eigenpairs(values, basis[:m].T @ s.to(basis), residuals)
+
+
 def spectrum(
     matvec: MatVec, n: int, k: int, probes: int, generator: torch.Generator, *, dtype: torch.dtype | None = None
 ) -> Spectrum:

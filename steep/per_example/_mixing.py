@@ -85,10 +85,11 @@ def _message(losses: Tensor, key: object, below: dict[Any, list[Edge]], shared: 
     node = _culprit(losses, below, shared)
     name = re.sub(r"Backward\d*$", "", node.name())
     calls = [(n._sequence_nr(), call) for n in _below(node) if n is not node and (call := _call(n, key)) is not None]
-    call = max(calls, key=lambda pair: pair[0])[1]
+    last = max(calls, key=lambda pair: pair[0])[1] if calls else None  # none where it comes before every layer
+    place = f", after layer {last.name!r} ({type(last.layer).__name__})" if last is not None else ""
     return (
         "per-example gradients need losses that depend on their own example only, but examples influence each other "
-        f"through {name!r}, after layer {call.name!r} ({type(call.layer).__name__}): compute it within each example "
+        f"through {name!r}{place}: compute it within each example "
         f"(for normalization, {REQUIREMENTS['independent_examples'].remedy}), or set the engine's independent=False, "
         "which takes one backward per example for all that is mixed"
     )

@@ -122,7 +122,9 @@ class Call:
 
 def _draws(layer: nn.Module) -> bool:
     """Whether running the layer again would draw another dropout mask."""
-    return any(m.training and (getattr(m, "p", 0) or getattr(m, "dropout", 0)) for m in layer.modules())
+    # torch's dropout layers and others keep the rate in `p`, attention and recurrent layers in `dropout`
+    rates = (rate for m in layer.modules() if m.training for rate in (getattr(m, "p", 0), getattr(m, "dropout", 0)))
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def _plain(value: Any, dtype: torch.dtype) -> Any:

@@ -21,6 +21,7 @@ from steep.linalg import (
     hutchinson_trace,
     lanczos,
     on_vectors,
+    outermost,
     unflatten,
 )
 from steep.loop.modes import evaluating
@@ -47,22 +48,21 @@ class Eigenpairs:
 def top_eigenpairs(
     model: nn.Module, loss: Loss, generator: torch.Generator, *, k: int = 2, steps: int = 100
 ) -> Eigenpairs:
-    """The k outermost eigenvalues of the Hessian, and directions for `landscape`.
+    """The k outermost eigenvalues of the Hessian, each as often as it occurs, and directions for `landscape`.
 
     Args:
         model, loss: as for `landscape`; all parameters that train count.
-        generator: of the starting vector.
-        k: pairs, >= 1.
+        generator: of the k starting vectors.
+        k: pairs, in [1, number of parameters].
         steps: products with the Hessian, >= k; as many vectors are held.
     """
     check_ranges({"k": k, "steps": steps}, {"k": "[1, inf)", "steps": f"[{k}, inf)"})
     weights = snapshot(model)
     matvec, n, dtype = _hessian(model, loss)
     require("k", k, k <= n, f"at most the number of parameters, {n}")
-    found = lanczos(matvec, n, steps, generator, dtype=dtype)
-    top = found.values.abs().argsort(descending=True)[:k]
-    directions = tuple(unflatten(found.vectors[:, i], weights) for i in top.tolist())
-    return Eigenpairs(found.values[top], directions, found.residuals[top])
+    found = outermost(matvec, n, k, steps, generator, dtype=dtype)
+    directions = tuple(unflatten(vector, weights) for vector in found.vectors.T)
+    return Eigenpairs(found.values, directions, found.residuals)
 
 
 def hessian_trace(model: nn.Module, loss: Loss, generator: torch.Generator, *, samples: int = 100) -> Estimate:

@@ -98,6 +98,8 @@ class Landscape:
             levels: number of contours.
         """
         # contours have no colour for NaN or infinity: such points are drawn as the worst finite loss
+        if not self.losses.isfinite().any():
+            raise ValueError("no loss of this landscape is finite, so there is nothing to draw: choose a smaller span")
         worst = float(self.losses[self.losses.isfinite()].max())
         losses = self.losses.nan_to_num(nan=worst, posinf=worst)
         losses = losses if cap is None else losses.clamp(max=cap)
@@ -150,6 +152,8 @@ def landscape(
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for direction in directions:
         _check_direction(direction, weights)
+    if len(directions) == 2:
+        _check_plane(*directions)
     spans = [(-span / 2, span / 2)] * len(directions) if isinstance(span, (int, float)) else list(span)
     _check_spans(spans, len(directions))
     axes = tuple(torch.linspace(low, high, steps, dtype=torch.float64) for low, high in spans)
@@ -168,11 +172,21 @@ def landscape(
 
 def _check_direction(direction: Direction, weights: Direction) -> None:
     for name, d in direction.items():
+        if not isinstance(d, Tensor):
+            raise TypeError(f"direction has {name!r} as a {type(d).__name__}, not a tensor: use torch.as_tensor")
         if name not in weights or weights[name].shape != d.shape:
             there = tuple(weights[name].shape) if name in weights else "no such parameter"
             raise ValueError(f"direction has {name!r} of shape {tuple(d.shape)}, but the model has {there}")
     if not direction:
         raise ValueError("a direction must name at least one parameter")
+
+
+def _check_plane(first: Direction, second: Direction) -> None:
+    """Refuse two directions on one line."""
+    dots = [sum(float((a[n].double() * b[n].double()).sum()) for n in a.keys() & b.keys())
+            for a, b in ((first, first), (second, second), (first, second))]  # fmt: skip
+    if not dots[0] * dots[1] - dots[2] ** 2 > 1e-10 * dots[0] * dots[1]:
+        raise ValueError("the two directions lie on one line (or one is zero), so they span no plane: give one of them")
 
 
 def _check_spans(spans: Iterable[tuple[float, float]], count: int) -> None:

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steep.linalg import Spectrum, cg, density, hutchinson_diagonal, hutchinson_trace, lanczos, rademacher, spectrum
+from steep.linalg import (
+    Spectrum,
+    cg,
+    density,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    lanczos,
+    outermost,
+    rademacher,
+    spectrum,
+)
 
 few = settings(max_examples=30, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -217,3 +227,40 @@ def test_the_standard_error_is_that_of_the_estimates():
 def test_hutchinson_refuses_no_samples():
     with pytest.raises(ValueError, match="samples=0"):
         hutchinson_trace(lambda v: v, 3, 0, generator())
+
+
+SPECTRA = {
+    "two pairs": [4.0, 4.0, -3.0, -3.0, 1.0, 0.5, 0.2, 0.1],
+    "a triple": [2.622, 2.622, 2.622, 2.122, 1.559, 1.0, 0.3, 0.1, 0.05],
+    "all equal": [2.0] * 6,
+    "low rank": [5.0, -5.0, 3.0, *[0.0] * 20],
+    "zero": [0.0] * 5,
+    "distinct": [float(i) for i in range(1, 30)],
+}
+
+
+@pytest.mark.parametrize("values", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_the_outermost_eigenvalues_are_found_as_often_as_they_occur(values, k):
+    q, _ = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator(3), dtype=torch.float64))
+    a = q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T
+    found = outermost(lambda v: a @ v, len(a), k, len(a), generator(), dtype=torch.float64)
+    expected = sorted(map(abs, values), reverse=True)[:k]
+    assert found.values.abs().tolist() == pytest.approx(expected, abs=1e-9)
+    torch.testing.assert_close(found.vectors.T @ found.vectors, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(a @ found.vectors, found.vectors * found.values, rtol=0, atol=1e-8)
+
+
+def test_residuals_bound_the_errors_of_few_products():
+    values = torch.linspace(-1, 1, 60, dtype=torch.float64)
+    found = outermost(lambda v: values * v, 60, 2, 12, generator(), dtype=torch.float64)
+    true = (values * found.vectors.T).T - found.vectors * found.values
+    torch.testing.assert_close(true.norm(dim=0), found.residuals, rtol=1e-6, atol=1e-12)
+    assert found.residuals.min() > 1e-6
+    assert ((values[:, None] - found.values).abs().min(0).values <= found.residuals).all()
+
+
+@pytest.mark.parametrize("bad", [{"k": 0}, {"k": 5}, {"products": 1}])
+def test_outermost_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        outermost(lambda v: v, 4, generator=generator(), **{"k": 2, "products": 4, **bad})

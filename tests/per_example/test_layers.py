@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from steep.per_example import PerExample
+from steep.per_example._recording import _draws
 from steep.per_example._recurrent import run
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -236,3 +237,17 @@ def test_autocast_is_as_exact_as_autograd_under_it():
 
     grads = is_as_exact_as_autograd(Mixture(), forward)
     assert {g.dtype for g in grads} == {torch.float32}
+
+
+def test_only_numbers_are_taken_for_dropout_rates():
+    class Priors(nn.GRU):
+        def __init__(self):
+            super().__init__(3, 4, batch_first=True)
+            self.double()
+            self.p = torch.rand(3, dtype=torch.float64)  # no rate at all
+
+    same_rows(Priors(), lambda gru: [gru(randn(5, 2, 3))[0]], parts=("Outer", "Dense", "Lookup", "Tensors"))
+    assert not _draws(Priors())
+    assert _draws(nn.Dropout(0.1))
+    assert _draws(nn.LSTM(2, 3, num_layers=2, dropout=0.2))
+    assert not _draws(nn.Dropout(0.1).eval())

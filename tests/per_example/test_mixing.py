@@ -219,3 +219,27 @@ def test_dropping_or_permuting_examples_changes_no_other_row():
         for chosen in (torch.randperm(B), torch.tensor([0, 3, 4])):
             part = engine.rows(squares(model(x[chosen]))).gram()
             torch.testing.assert_close(part, gram[chosen][:, chosen])
+
+
+def test_what_is_refused_before_the_first_layer_is_said_too():
+    """A decoder whose memory is made by the embedding that its own tokens go through (Bart)."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra steep[hf]")
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in SIDES.items()}
+    rates = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = transformers.BartConfig(vocab_size=20, d_model=8, max_position_embeddings=8, **sizes, **rates, **ids)
+    model = transformers.BartForConditionalGeneration(config).double()
+    tokens = torch.randint(3, 20, (4, 6))
+
+    def losses(memory):
+        out = model(encoder_outputs=(memory,), decoder_input_ids=tokens).logits
+        return F.cross_entropy(out.transpose(1, 2), tokens, reduction="none").mean(1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, memory = PerExample(model), model.model.shared(tokens)
+        with pytest.raises(UnmetRequirement, match="examples influence each other through 'Embedding': compute it"):
+            engine.rows(losses(memory - memory.mean(0)))
+
+
+SIDES = {"layers": 1, "attention_heads": 2, "ffn_dim": 8}

@@ -361,6 +361,34 @@ def test_negative_eigenvalues_are_found_as_such():
     assert found.values.tolist() == pytest.approx([-9, 4])
 
 
+def test_equal_eigenvalues_have_a_direction_each():
+    """Least squares with three outputs: every eigenvalue of the inputs' Gram matrix three times."""
+    x = randoms(12, 4)
+    model = nn.Linear(4, 3, bias=False).double()
+    found = top_eigenpairs(model, lambda m: m(x).square().sum(1) / 2, seeded(), k=4)
+    values = torch.linalg.eigvalsh(x.T @ x / 12)
+    torch.testing.assert_close(found.values, values[[-1, -1, -1, -2]])
+    flat = torch.stack([flatten(d) for d in found.directions])
+    torch.testing.assert_close(flat @ flat.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_two_directions_must_span_a_plane():
+    model, loss = classifier()
+    (d,) = random_directions(model, seeded(), count=1)
+    for other in ({n: -2 * t for n, t in d.items()}, {n: 0 * t for n, t in d.items()}):
+        with pytest.raises(ValueError, match="lie on one line"):
+            landscape(model, loss, [d, other], steps=3)
+    with pytest.raises(TypeError, match=r"as a ndarray, not a tensor: use torch\.as_tensor"):
+        landscape(model, loss, [{n: t.numpy() for n, t in d.items()}], steps=3)
+
+
+def test_a_landscape_without_a_finite_loss_is_not_drawn():
+    model, _ = classifier()
+    (d,) = random_directions(model, seeded(), count=1)
+    with pytest.raises(ValueError, match="no loss of this landscape is finite"):
+        landscape(model, lambda m: torch.tensor(float("inf")), [d], steps=3).picture()
+
+
 def test_curvature_of_a_slice_along_an_eigenvector_is_its_eigenvalue():
     model, loss = classifier()
     found = top_eigenpairs(model, loss, seeded(), k=2)
