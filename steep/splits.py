@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from steep.batches import as_batch
-from steep.utils.validation import check_ranges, require_whole
+from steep.utils.validation import check_ranges, require_tensors, require_whole
 
 
 class Loader(Protocol):
@@ -135,9 +135,8 @@ def tensor_loader(
 
 
 def _check_tensors(x: Any, y: Any) -> None:
+    require_tensors(x=x, y=y)
     for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}, not a tensor: use torch.as_tensor({name})")
         if value.ndim == 0:
             raise ValueError(f"{name} has shape (): its first dimension must be the examples'")
     if len(x) != len(y):

@@ -3,6 +3,7 @@
 import traceback
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,8 +12,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import steep
 from steep.backward import LevenbergMarquardt, Spring, Sven
+from steep.linalg import cg
 from steep.losses import PSKD
 from steep.optim import AdaBelief, AdamP
+from steep.probes import empirical_ntk
+from steep.solvers import minimize
 
 ROOT = Path(steep.__file__).parent
 X = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
@@ -273,6 +277,10 @@ METHODS = {
     "rule with a bad rtol": (lambda: Sven(nn.Linear(2, 2), rtol=2.0), r"rtol=2.0 must lie"),
     "rule on a mean": (lambda: Sven(nn.Linear(4, 1))(X.mean()), r"one loss per example|loss"),
     "rule on foreign losses": (lambda: Sven(nn.Linear(4, 1))(torch.rand(4)), r"depend on no parameter that trains"),
+    "rule on an array": (lambda: Sven(nn.Linear(4, 1))(np.ones(4)), r"losses is a ndarray, not a tensor"),
+    "system of an array": (lambda: cg(lambda v: v, np.ones(3)), r"b is a ndarray, not a tensor"),
+    "minimum from a list": (lambda: minimize(lambda x: x.square().sum(), [1.0]), r"x is a list, not a tensor"),
+    "kernel of an array": (lambda: empirical_ntk(nn.Linear(4, 1), X.numpy()), r"x is a ndarray, not a tensor"),
     "rule on losses of nothing": (
         lambda: Spring(nn.Linear(4, 1))(torch.zeros(0, requires_grad=True)),
         r"empty|no losses|0",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steep.linalg._vectors import MatVec
-from steep.utils.validation import check_ranges
+from steep.utils.validation import check_ranges, require_tensors
 
 
 class Solution(NamedTuple):
@@ -60,6 +60,7 @@ def cg(
         >>> solution.x, solution.iterations, solution.converged
         (tensor([0.5000, 0.2500]), 2, True)
     """
+    require_tensors(b=b, x0=x0)
     max_iter = 10 * b.numel() if max_iter is None else max_iter
     ranges = {"rtol": "[0, inf)", "atol": "[0, inf)", "damping": "[0, inf)", "max_iter": "[1, inf)"}
     check_ranges({"rtol": rtol, "atol": atol, "damping": damping, "max_iter": max_iter}, ranges)

@@ -18,6 +18,7 @@ from steep.per_example._uses import assemble
 from steep.per_example.parts import Part
 from steep.per_example.rows import Rows
 from steep.requires import REQUIREMENTS, UnmetRequirement
+from steep.utils.validation import require_tensors
 
 _TOLERANCE = 1e-3
 """Largest relative difference from an ordinary backward that the check of the first batch accepts in float32."""
@@ -170,6 +171,7 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def _check_losses(losses: Tensor) -> None:
+    require_tensors(losses=losses)
     if losses.ndim not in (1, 2) or losses.numel() == 0 or not losses.is_floating_point():
         raise ValueError(
             "losses must be a floating-point tensor of shape (B,) with one entry per example, or (B, R) with several, "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steep.utils.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require, require_tensors
 
 _ROUNDING = 1e-14
 """Eigenvalues below this share of the largest, times their number, are rounding errors of a float64 kernel."""
@@ -86,6 +86,7 @@ def kernel_flow(kernel: Tensor, targets: Tensor, start: Tensor | None = None) ->
         >>> flow.after(1, lr=0.5), flow.at(math.inf)
         (tensor([0.5000, 1.0000], dtype=torch.float64), tensor([1., 1.], dtype=torch.float64))
     """
+    require_tensors(kernel=kernel, targets=targets, start=start)
     start = torch.zeros_like(targets) if start is None else start
     _check_flow(kernel, targets, start)
     matrix = _matrix(kernel)

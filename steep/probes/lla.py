@@ -54,7 +54,7 @@ from steep.probes._hessian import (
 )
 from steep.probes._pictures import contours, figure
 from steep.probes._weights import Direction, Loss, mean_loss, snapshot
-from steep.utils.validation import check_ranges, require
+from steep.utils.validation import check_ranges, require, require_tensors
 
 __all__ = [
     "Criteria",
@@ -172,8 +172,7 @@ def landscape(
 
 def _check_direction(direction: Direction, weights: Direction) -> None:
     for name, d in direction.items():
-        if not isinstance(d, Tensor):
-            raise TypeError(f"direction has {name!r} as a {type(d).__name__}, not a tensor: use torch.as_tensor")
+        require_tensors(**{name: d})
         if name not in weights or weights[name].shape != d.shape:
             there = tuple(weights[name].shape) if name in weights else "no such parameter"
             raise ValueError(f"direction has {name!r} of shape {tuple(d.shape)}, but the model has {there}")

@@ -37,7 +37,7 @@ from steep.method import Method, Paper
 from steep.per_example import PerExample
 from steep.probes._kernel_flow import KernelFlow, kernel_flow
 from steep.probes._wide_networks import NTKMLP, InfiniteKernels, infinite_ntk
-from steep.utils.validation import require
+from steep.utils.validation import require, require_tensors
 
 __all__ = [
     "NTKMLP",
@@ -92,6 +92,7 @@ def empirical_ntk(model: nn.Module, x: Tensor, x2: Tensor | None = None, *, outp
 
 
 def _check_inputs(x: Tensor, x2: Tensor | None) -> None:
+    require_tensors(x=x, x2=x2)
     if not len(x) or (x2 is not None and not len(x2)):
         raise ValueError("there must be at least one input, of each argument")
     if x2 is not None and x.shape[1:] != x2.shape[1:]:
@@ -161,6 +162,7 @@ def kernel_drift(before: Tensor, after: Tensor) -> Drift:
         >>> kernel_drift(torch.eye(2), 1.5 * torch.eye(2)).distance
         0.5
     """
+    require_tensors(before=before, after=after)
     if before.shape != after.shape:
         raise ValueError(f"both kernels must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
     a, b = before.double().flatten(), after.double().flatten()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from steep.method import Method, Paper
-from steep.utils.validation import Ranges, check_ranges
+from steep.utils.validation import Ranges, check_ranges, require_tensors
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -160,6 +160,7 @@ def _dual_norm(root: Tensor, g: Tensor) -> float:
 
 
 def _vector(x: Tensor) -> Tensor:
+    require_tensors(x=x)
     if x.ndim != 1 or len(x) == 0 or not x.isfinite().all():
         raise ValueError(f"x must be a finite vector, got shape {tuple(x.shape)}: flatten parameters into one")
     return x.detach().double().clone()

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from torch import Tensor
+
 Ranges = Mapping[str, str | tuple[str, ...]]  # by name: an interval, or one per entry
 
 
@@ -26,6 +28,19 @@ def require_whole(name: str, value: Any, least: int) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `least`."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     require(name, value, whole and value >= least, f"a whole number of at least {least}")
+
+
+def require_tensors(**values: Any) -> None:
+    """Raise `TypeError` for the first of `values` that is no tensor; `None` stands for an argument left out.
+
+    Example:
+        >>> require_tensors(x=[1.0, 2.0])
+        Traceback (most recent call last):
+        TypeError: x is a list, not a tensor: use torch.as_tensor(x)
+    """
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a tensor: use torch.as_tensor({name})")
 
 
 def check_ranges(group: Mapping[str, Any], ranges: Ranges) -> None:

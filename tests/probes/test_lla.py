@@ -378,7 +378,7 @@ def test_two_directions_must_span_a_plane():
     for other in ({n: -2 * t for n, t in d.items()}, {n: 0 * t for n, t in d.items()}):
         with pytest.raises(ValueError, match="lie on one line"):
             landscape(model, loss, [d, other], steps=3)
-    with pytest.raises(TypeError, match=r"as a ndarray, not a tensor: use torch\.as_tensor"):
+    with pytest.raises(TypeError, match=r"is a ndarray, not a tensor: use torch\.as_tensor"):
         landscape(model, loss, [{n: t.numpy() for n, t in d.items()}], steps=3)
 
 
