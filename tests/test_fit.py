@@ -465,3 +465,52 @@ def test_rounds_refuse_a_loss_with_parameters_of_its_own(regression):
 
     with pytest.raises(ValueError, match="Tempered has 1 parameters of its own, but the recipe's rounds"):
         fit(regression.replace(loss=Tempered(), rounds=rounds))
+
+
+def one_cycle(optimizer, total_steps):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total_steps)
+
+
+def sequential(optimizer, total_steps):
+    kinds = torch.optim.lr_scheduler
+    parts = [kinds.LinearLR(optimizer, 0.1, total_iters=3), kinds.CosineAnnealingLR(optimizer, total_steps - 3)]
+    return kinds.SequentialLR(optimizer, parts, [3])
+
+
+def cyclic(optimizer, total_steps):
+    return torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 4, cycle_momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"scheduler": one_cycle}, {}),
+        ({"scheduler": sequential}, {}),
+        ({"scheduler": cyclic}, {}),
+        ({"scheduler": None, "optimizer": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3)}, {"accumulate": 3}),
+    ],
+)
+def test_runs_with_other_schedules_and_closures_go_on_exactly(regression, tmp_path, changes, options):
+    recipe, path, steps = regression.replace(**changes), tmp_path / "run.pt", []
+
+    def breaking(output, target):
+        if torch.is_grad_enabled():
+            steps.append(1)
+            if len(steps) == 13:
+                raise ConnectionError
+        return recipe.loss(output, target)
+
+    whole = fit(recipe, **options)
+    with pytest.raises(ConnectionError):
+        fit(recipe.replace(loss=breaking, score=recipe.loss), checkpoint=path, evaluate_every=1, **options)
+    parts = fit(recipe, checkpoint=path, **options)
+    assert torch.load(path, weights_only=True)["cost"]["examples"] > 0
+    assert parts.history.losses == whole.history.losses
+    assert parts.test == whole.test
+
+
+def test_a_metric_that_is_always_nan_is_reported_as_such(regression):
+    metric = steep.Metric("nothing", lambda output, target: torch.full((len(target),), float("nan")))
+    result = fit(regression.replace(metric=metric))
+    assert math.isnan(result.test["nothing"])
+    assert math.isfinite(result.test["loss"])

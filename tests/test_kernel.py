@@ -262,3 +262,32 @@ def test_a_stopwatch_leaves_pauses_out():
 def test_importing_steep_is_cheap_and_leaves_optuna_alone():
     code = "import sys, steep; assert not {'optuna', 'plotly', 'sklearn', 'scipy.stats'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_loss_gets_the_domains_of_its_batchs_examples():
+    x, domains = torch.arange(12.0).unsqueeze(1), torch.arange(12) // 4
+    seen = []
+
+    class ByDomain(nn.Module):
+        requires = frozenset({"domains"})
+
+        def forward(self, output, target, *, domains=None):
+            if torch.is_grad_enabled():
+                seen.append((target.int().tolist(), domains.tolist()))
+            return (output.squeeze(1) - target) ** 2
+
+    steep.fit(
+        steep.Recipe(
+            data=lambda g: steep.Data(
+                steep.tensor_loader(x, x[:, 0], 4, shuffle=True), [(x + 1, x[:, 0])], domains=domains
+            ),
+            model=lambda: nn.Linear(1, 1),
+            loss=ByDomain(),
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+            budget=steep.Budget(epochs=2),
+        ),
+        progress=False,
+    )
+    assert len(seen) == 6
+    assert all(found == [i // 4 for i in examples] for examples, found in seen)
+    assert len({tuple(found) for _, found in seen}) > 1

@@ -106,3 +106,12 @@ def test_squares_with_kappa_1_are_the_same_conditions():
 def test_hyper_parameters_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=name):
         Spring(nn.Linear(1, 1), **{name: value})
+
+
+def test_the_constraint_leaves_a_shorter_gradient_as_it_is():
+    model = net()
+    x = torch.randn(6, 3, dtype=torch.float64)
+    free, bound = Spring(model), Spring(model, constraint=1e6)
+    g = grads(model, free, model(x).squeeze(1))
+    assert 0 < g.norm() < 1e3
+    assert torch.equal(grads(model, bound, model(x).squeeze(1)), g)

@@ -335,3 +335,15 @@ def test_flags_methods_that_did_nothing_below_the_table() -> None:
 def test_table_of_an_empty_study() -> None:
     assert shown(Study("r", "r", [], "loss", METRICS, [])).strip() == ""
     assert "baseline" in shown(study())
+
+
+def test_columns_are_dropped_in_this_order() -> None:
+    found = table.all_cells(full())
+    all_headings = list(found[0])
+    order, before = [], all_headings
+    for width in range(200, 0, -1):
+        headings, _ = table._fitting(found, width)
+        order += [h for h in before if h not in headings]
+        before = headings
+    assert order == ["memory", "CPU", "test accuracy", "p (Holm)", "equal time"]
+    assert before == ["arm", "test loss", "difference (95 %)", "equal steps"]

@@ -387,3 +387,18 @@ def test_a_late_backward_sees_the_run(regression):
     assert seen == [20]
     assert result.history.losses == steep.fit(regression, progress=False).history.losses
     assert isinstance(result.model, nn.Module)
+
+
+def test_a_loader_that_has_iterated_takes_a_loaded_state_whole():
+    def after(count):
+        batches = GrowingBatches(loader(20))
+        for i, _ in zip(range(count), batches, strict=False):
+            batches.grow(2 + i)
+        return batches
+
+    state, fresh, used = after(3).state_dict(), after(0), after(5)
+    for batches in (fresh, used):
+        batches.load_state_dict(copy.deepcopy(state))
+    assert used.state_dict() == fresh.state_dict() == state
+    assert used.elapsed == fresh.elapsed == 0  # until the epoch's first batches have come again
+    assert [len(x) for x, *_ in used] == [len(x) for x, *_ in fresh]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 from steep.per_example import PerExample
 from steep.per_example._recording import _draws
@@ -251,3 +254,52 @@ def test_only_numbers_are_taken_for_dropout_rates():
     assert _draws(nn.Dropout(0.1))
     assert _draws(nn.LSTM(2, 3, num_layers=2, dropout=0.2))
     assert not _draws(nn.Dropout(0.1).eval())
+
+
+class TwiceCalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(self.layer(x).tanh())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return checkpoint(lambda x: self.layer(x).tanh(), x, use_reentrant=False)
+
+
+class TiedWithPadding(nn.Module):
+    """A token embedding with padding that is the head as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(6, 3, padding_idx=0)
+
+    def forward(self, x):
+        ids = (x * 3).long().abs() % 6
+        return self.embedding(ids).mean(1) @ self.embedding.weight.T
+
+
+def pruned():
+    return prune.l1_unstructured(nn.Linear(3, 4), "weight", amount=0.5)
+
+
+def spectral():
+    return parametrizations.spectral_norm(nn.Linear(3, 4)).eval()
+
+
+@pytest.mark.parametrize("build", [TwiceCalled, Checkpointed, TiedWithPadding, pruned, spectral])
+def test_rows_of_layers_that_are_used_in_unusual_ways(build):
+    torch.manual_seed(0)
+    model, x = build().double(), randn(5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of them are left to autograd
+        found = PerExample(model).rows(losses_of([model(x)])).gram()
+    j = torch.stack([jacobian(losses_of([model(one[None])]), model)[0] for one in x])
+    torch.testing.assert_close(found, j @ j.T, rtol=1e-9, atol=1e-12)
