@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from steep.evidence.arms import MethodLike, make_arms, own_method
+from steep.evidence.arms import ADAMW, MethodLike, make_arms, own_method
 from steep.evidence.assemble import analysis_results, assemble, target, warnings
 from steep.evidence.planning import Plan, announcement
 from steep.evidence.protocol import STEP_RULES, Confirmation, Protocol, Records
@@ -110,7 +110,9 @@ def compare(
         confirmed = protocol.confirm(tuned, plan.interim_analyses)
         equal = {role: protocol.at_equal(role, tuned, confirmed.runs) for role in STEP_RULES}
     name = source.name if isinstance(recipe, str) else ""
-    study = _study(protocol, plan, tuned, confirmed, equal, metrics, source=name, left_out=left_out, command=command)
+    reference = ADAMW.id if ADAMW.id in [arm.name for arm in arms] and ADAMW.id not in _requested(methods) else ""
+    texts = {"source": name, "command": command, "reference": reference}
+    study = _study(protocol, plan, tuned, confirmed, equal, metrics, left_out=left_out, **texts)
     store.put_study(study)
     page.write(study, store.directory)
     return study

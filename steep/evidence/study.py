@@ -157,6 +157,7 @@ class Study:
             all pairs, unless the study is group-sequential.
         earlier: other numbers of pairs after which verdicts of this store have been read before.
         command: the shell command that makes this study.
+        reference: name of the arm that `compare` added, unasked; "" where there is none.
     """
 
     recipe: str
@@ -172,3 +173,4 @@ class Study:
     interim_analyses: Sequence[Mapping[str, Any]] = ()
     earlier: Sequence[int] = ()
     command: str = ""
+    reference: str = ""

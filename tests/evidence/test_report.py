@@ -262,6 +262,23 @@ def test_headline_counts_verdicts(verdicts: list[str], expected: str) -> None:
     assert headline(Study("r", "r", [ArmResult("baseline"), *arms], "loss", METRICS, [0])) == expected
 
 
+def test_a_reference_that_nobody_asked_for_is_not_counted() -> None:
+    helps = replace(compared([record("x", 0)], [record("baseline", 0)])["loss"], verdict="helps")
+    arms = [ArmResult(name, scores={"loss": helps}) for name in ("sven", "adamw")]
+    study = Study("r", "r", [ArmResult("baseline"), *arms], "loss", METRICS, [0])
+    assert headline(study) == "Both methods help"
+    assert headline(replace(study, reference="adamw")) == "sven helps"
+
+
+def test_what_was_tried_once_is_not_called_tuned(usual: Study, tmp_path: Path) -> None:
+    assert "tuned with the same number of trials" in text_of(report.html(usual, tmp_path))
+    once = replace(usual, arms=[replace(arm, trials=arm.trials[:1]) for arm in usual.arms])
+    text = text_of(report.html(once, tmp_path))
+    assert "with its published settings and the baseline with yours, without tuning" in text
+    assert "tuned with" not in text
+    assert "tuned baseline" not in text
+
+
 def test_chosen_trial_is_marked(page: str) -> None:
     chosen = re.findall(r'<tr class="best">(.*?)</tr>', page, flags=re.S)
     assert len(chosen) == 5  # every arm but the control has one

@@ -64,6 +64,7 @@ def html(study: Study, store_dir: str | Path) -> str:
         times=figures.times_to_target(study),
         costs=[(arm, _costs(arm, study)) for arm in rows.ranked(study)],
         tuning=figures.tuning(study),
+        tuned=any(len(arm.trials) > 1 for arm in study.arms),
         arms=rows.ranked(study),
         target=picture(Path(store_dir), study.target_picture),
         pictures=list(pictures(study, Path(store_dir))),
@@ -96,7 +97,7 @@ def _compressed_plotly() -> str:
 
 def _best(study: Study) -> tuple[ArmResult, str] | None:
     """The method that helps most, with its gain and cost in words; `None` where none helps."""
-    arm = next((a for a in rows.methods(study) if _verdict(a, study) == "helps"), None)
+    arm = next((a for a in rows.asked_for(study) if _verdict(a, study) == "helps"), None)
     if arm is None:
         return None
     words, c, price = statement(arm, study), arm.scores[study.primary], _price(arm, study)

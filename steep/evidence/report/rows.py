@@ -26,6 +26,11 @@ def methods(study: Study) -> list[ArmResult]:
     return [arm for arm in ranked(study)[1:] if arm.name != CONTROL]
 
 
+def asked_for(study: Study) -> list[ArmResult]:
+    """The methods that the user asked about, from best to worst."""
+    return [arm for arm in methods(study) if arm.name != study.reference]
+
+
 def median_test(arm: ArmResult, score: str, higher: bool) -> float:
     """Median test score over the seeds; a run that did not finish counts as worst."""
     worst = -math.inf if higher else math.inf

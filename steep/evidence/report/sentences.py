@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from steep.evidence.report.rows import NOTHING, methods, ranked, verdict
+from steep.evidence.report.rows import NOTHING, asked_for, ranked, verdict
 from steep.evidence.report.wording import detectable, equation, interval, worded
 from steep.evidence.study import CONTROL, ArmResult, Comparison, Study
 
@@ -98,8 +98,8 @@ def sentence(words: Statement) -> str:
 
 
 def headline(study: Study) -> str:
-    """The conclusion in one sentence: "Of 5 methods, 2 help, 1 hurts and 2 show no evidence of a difference"."""
-    arms = methods(study)
+    """The conclusion about the methods that were asked for: "Of 5 methods, 2 help and 3 show no evidence ..."."""
+    arms = asked_for(study)
     if not arms:
         return "No method was compared"
     verdicts = Counter(verdict(arm, arm.scores.get(study.primary)) for arm in arms)
