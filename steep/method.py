@@ -22,6 +22,17 @@ from steep.recipe import Recipe
 from steep.requires import REQUIREMENTS
 from steep.utils.validation import nearest
 
+PURPOSES = {  # what readers look for
+    "faster": "a lower loss in fewer steps or less time",
+    "better": "better scores on new examples",
+    "smaller": "smaller or cheaper models",
+    "memory": "less memory while training",
+    "noise": "wrong labels and outliers",
+    "domains": "data from elsewhere: other sites, cameras, years",
+    "devices": "data that stay on many machines",
+    "equations": "equations and other conditions to be met exactly",
+    "insight": "seeing what a model or a training run does",
+}
 PACKAGES = ("data", "models", "losses", "backward", "optim", "rounds", "sampling", "solvers", "probes", "systems")
 
 
@@ -89,6 +100,7 @@ class Method:
         requires: what the training run must offer, out of `steep.requires.REQUIREMENTS`, beside what ``make.requires``.
         test_values: for hyper-parameters whose other values cannot be guessed (names, `None`), one other value that
             must change the training run; the common checks try it.
+        good_for: what its paper says it is good for, out of `PURPOSES`.
         performance_flags: hyper-parameters that change speed or memory, not the result.
         wraps: the method builds on what the component was before instead of replacing it.
         formula: the update in one or two lines of plain text, for ``steep show``.
@@ -104,6 +116,7 @@ class Method:
     search_space: Mapping[str, Range | Choice] = field(default_factory=dict)
     requires: frozenset[str] | set[str] = frozenset()
     test_values: Mapping[str, Any] = field(default_factory=dict)
+    good_for: frozenset[str] | set[str] = frozenset()
     performance_flags: frozenset[str] | set[str] = frozenset()
     wraps: bool = False
     formula: str = ""
@@ -114,6 +127,10 @@ class Method:
         if unknown:
             raise ValueError(
                 f"method {self.id!r}: unknown requirements {sorted(unknown)}; known: {sorted(REQUIREMENTS)}"
+            )
+        if set(self.good_for) - set(PURPOSES):
+            raise ValueError(
+                f"method {self.id!r}: good_for={sorted(self.good_for)} must be among {', '.join(PURPOSES)}"
             )
         if self.changes not in PACKAGES:
             raise ValueError(f"method {self.id!r}: changes={self.changes!r} must be one of {PACKAGES}")

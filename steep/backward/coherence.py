@@ -236,6 +236,7 @@ method = Method(
     id="coherence",
     paper=Paper("On the Generalization Mystery in Deep Learning", arxiv="2203.10036", year=2022),
     changes="backward",
+    good_for={"noise"},
     make=CoherentGradient,
     search_space={"average": Choice(AVERAGES), "clip": uniform(0.02, 0.3)},
     test_values={"clip": 0.25},

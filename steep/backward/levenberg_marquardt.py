@@ -169,6 +169,7 @@ method = Method(
         year=2019,
     ),
     changes="backward",
+    good_for={"equations", "faster"},
     make=LevenbergMarquardt,
     sgd_lr=0.3,  # the share of each step that is made
     preset={"kappa": 1.0},  # a recipe's losses are usually squares

@@ -125,6 +125,7 @@ method = Method(
         year=2024,
     ),
     changes="backward",
+    good_for={"equations"},
     make=Spring,
     sgd_lr=0.1,  # what the paper's schedule starts from (unsure)
     preset={"kappa": 1.0},  # a recipe's losses are usually squares

@@ -218,6 +218,7 @@ method = Method(
         year=2026,
     ),
     changes="backward",
+    good_for={"equations", "faster"},
     make=Sven,
     sgd_lr=0.1,  # the authors' README advises 0.05 .. 0.5
     search_space={"lr": log_uniform(0.01, 1.0), "rtol": log_uniform(1e-4, 1e-1)},

@@ -228,6 +228,7 @@ method = Method(
     id="tract",
     paper=Paper("TrAct: Making First-layer Pre-Activations Trainable", arxiv="2410.23970", year=2024),
     changes="backward",
+    good_for={"better", "faster"},
     make=TrAct,
     apply=partial(handle, make=TrAct),  # a handle of the model's layer
     search_space={"lam": log_uniform(0.03, 0.3)},

@@ -337,6 +337,7 @@ method = Method(
         year=2023,
     ),
     changes="backward",
+    good_for={"memory"},
     make=WTACRS,
     test_values={"ratio": 0.75, "estimator": "top-k", "floor": 1.0, "layers": "*"},  # the checks' layers have 8 rows
     formula="dW ~ sum_C dz_c^T h_c + (1 - P)/(k - |C|) sum_j dz_j^T h_j / p_j,  j ~ p outside C,  p_i ~ |h_i| |dz_i|",

@@ -12,7 +12,7 @@ import typer
 
 import steep
 from steep.cli._app import JsonOption, command, complete_methods, out, show_table
-from steep.method import PACKAGES, Choice, Method, Range
+from steep.method import PACKAGES, PURPOSES, Choice, Method, Range
 from steep.requires import REQUIREMENTS
 from steep.tasks import tasks
 from steep.utils.validation import nearest
@@ -25,13 +25,18 @@ def list_(
     changes: Annotated[
         str | None, typer.Option(help="only methods that change this: optim, losses, models ...")
     ] = None,
+    good_for: Annotated[str | None, typer.Option("--for", help=f"only methods for this: {', '.join(PURPOSES)}")] = None,
     requires: Annotated[str | None, typer.Option(help="only methods that require this: indices, classes ...")] = None,
     json_: JsonOption = False,
 ) -> None:
     """List methods, or tasks."""
     if what not in ("methods", "tasks"):
         raise typer.BadParameter(f"{what!r} must be methods or tasks")
-    for option, value, known in (("--changes", changes, PACKAGES), ("--requires", requires, REQUIREMENTS)):
+    for option, value, known in (
+        ("--changes", changes, PACKAGES),
+        ("--for", good_for, PURPOSES),
+        ("--requires", requires, REQUIREMENTS),
+    ):
         if value is not None and value not in known:
             raise ValueError(f"{option} {value!r} is unknown{nearest(value, known)}")
         if value is not None and what == "tasks":
@@ -43,12 +48,21 @@ def list_(
         method
         for method in steep.methods().values()
         if changes in (None, method.changes)
+        and (good_for is None or good_for in method.good_for)
         and (requires is None or requires in method.requires)
         and _matches(search, (method.id, method.changes, method.summary, method.paper.title))
     ]
     rows: list[dict[str, Any]] = [{"id": m.id, "changes": m.changes, "what it does": m.summary} for m in found]
     if json_:
-        more = [{"requires": sorted(m.requires), "paper": m.paper.title, "link": m.paper.link} for m in found]
+        more = [
+            {
+                "good for": sorted(m.good_for),
+                "requires": sorted(m.requires),
+                "paper": m.paper.title,
+                "link": m.paper.link,
+            }
+            for m in found
+        ]
         rows = [row | extra for row, extra in zip(rows, more, strict=True)]
     show_table(rows, json_, "what it does")
 

@@ -260,6 +260,7 @@ method = Method(
         year=2023,
     ),
     changes="data",
+    good_for={"faster"},
     make=EfficientTrain,
     apply=_apply,
     search_space={"variant": choice("crop", "plusplus"), "max_magnitude": uniform(0.0, 9.0)},

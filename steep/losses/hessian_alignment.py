@@ -247,6 +247,7 @@ method = Method(
     id="hessian-alignment",
     paper=Paper("Understanding Hessian Alignment for Domain Generalization", arxiv="2308.11778", year=2023),
     changes="losses",
+    good_for={"domains"},
     make=HessianAlignment,
     search_space={
         "kind": choice("hgp", "hutchinson"),

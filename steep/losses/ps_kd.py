@@ -170,6 +170,7 @@ method = Method(
     id="ps-kd",
     paper=Paper("Self-Knowledge Distillation with Progressive Refinement of Targets", arxiv="2006.12000", year=2020),
     changes="losses",
+    good_for={"better"},
     make=PSKD,
     search_space={"alpha_T": uniform(0.3, 1.0)},
     formula="target = (1 - a_t) onehot(y) + a_t P_{t-1}[i],  a_t = alpha_T t/T;  loss = -sum_k target_k log p_k",

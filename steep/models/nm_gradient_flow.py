@@ -327,6 +327,7 @@ method = Method(
         "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers", arxiv="2402.04744", year=2024
     ),
     changes="models",
+    good_for={"smaller"},
     make=apply_nm_gradient_flow,
     search_space={
         "flow": choice("masked", "ste"),

@@ -284,6 +284,7 @@ method = Method(
         year=2023,
     ),
     changes="models",
+    good_for={"smaller"},
     make=apply_reste,
     search_space={"o_end": uniform(1.0, 8.0)},
     test_values={"bits": "1W1A", "estimator": "ede", "t": 0.12, "clip": 0.05, "skip": ("first",)},

@@ -167,6 +167,7 @@ method = Method(
         "AdaBelief Optimizer: Adapting Stepsizes by the Belief in Observed Gradients", arxiv="2010.07468", year=2020
     ),
     changes="optim",
+    good_for={"better", "faster"},
     make=AdaBelief,
     search_space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": log_uniform(1e-6, 1e-1)},
     performance_flags={"foreach", "compile"},

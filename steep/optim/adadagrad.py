@@ -354,6 +354,7 @@ method = Method(
     id="adadagrad",
     paper=Paper("AdAdaGrad: Adaptive Batch Size Schemes for Adaptive Gradient Methods", arxiv="2402.11215", year=2024),
     changes="optim",
+    good_for={"faster"},
     make=adadagrad,
     apply=_apply,
     search_space={"lr": log_uniform(1e-3, 1.0), "eta": log_uniform(0.1, 2.0), "adapt": choice(*_ADAPT)},

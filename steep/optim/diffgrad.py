@@ -128,6 +128,7 @@ method = Method(
     id="diffgrad",
     paper=Paper("diffGrad: An Optimization Method for Convolutional Neural Networks", arxiv="1909.11015", year=2019),
     changes="optim",
+    good_for={"faster"},
     make=DiffGrad,
     search_space={"lr": log_uniform(1e-4, 1e-1), "weight_decay": choice(0.0, 1e-4, 1e-2)},
     performance_flags={"foreach", "compile"},

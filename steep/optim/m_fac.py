@@ -284,6 +284,7 @@ method = Method(
         "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", arxiv="2107.03356", year=2021
     ),
     changes="optim",
+    good_for={"faster"},
     make=MFAC,
     search_space={"lr": log_uniform(1e-4, 1.0), "damping": log_uniform(1e-6, 1.0)},
     formula="F = damping I + G'G / m;  p -= lr F^-1 g = lr m G' (m damping I + G G')^-1 e_newest",

@@ -261,6 +261,7 @@ method = Method(
         year=2024,
     ),
     changes="probes",
+    good_for={"insight"},
     make=layer_gradients,
     formula="s_l = nuclear norm of dL/dW_l;  r_l = sigma_1 / s_l;  MAD = mean |s_{l+1} - s_l|;  RD = mean |s-s'| / |s|",
 )

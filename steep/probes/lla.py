@@ -202,6 +202,7 @@ method = Method(
         year=2024,
     ),
     changes="probes",
+    good_for={"insight"},
     make=landscape,
     formula="L(theta + a d1 + b d2);  r_e = |l_min / l_max|;  K_h = sum_{l<0} |l w|^n / sum_{l>0} (l w)^n",
 )

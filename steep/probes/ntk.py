@@ -230,6 +230,7 @@ method = Method(
         "Neural Tangent Kernel: Convergence and Generalization in Neural Networks", arxiv="1806.07572", year=2018
     ),
     changes="probes",
+    good_for={"insight"},
     make=empirical_ntk,
     formula="Theta(x, x') = J(x) J(x')^T;  f_t(x) = f_0(x) - Theta(x, X) Theta^-1 (1 - exp(-t Theta / N)) (f_0(X) - y)",
 )

@@ -100,6 +100,7 @@ method = Method(
         "Communication-Efficient Learning of Deep Networks from Decentralized Data", arxiv="1602.05629", year=2017
     ),
     changes="rounds",
+    good_for={"devices"},
     make=FedAvg,
     search_space={"lr": log_uniform(1e-2, 1.0)},
     test_values={"fraction": 1.0, "clip_norm": 0.5},

@@ -193,6 +193,7 @@ method = Method(
         year=2023,
     ),
     changes="rounds",
+    good_for={"devices"},
     make=FedSpeed,
     search_space={"lr": log_uniform(1e-2, 1.0), "prox": log_uniform(1e-2, 1.0), "rho": log_uniform(1e-2, 0.5)},
     test_values={"fraction": 1.0, "dual_average": "active", "clip_norm": 0.5},

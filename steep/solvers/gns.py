@@ -185,6 +185,7 @@ method = Method(
         "Gradient-Normalized Smoothness for Optimization with Approximate Hessians", arxiv="2506.13710", year=2025
     ),
     changes="solvers",
+    good_for={"faster"},
     make=minimize,
     formula="d = -(H + |g|/gamma B)^-1 g;  gamma doubles if f - f_new >= gamma |g_new|^2 / (8 |g|), else halves",
 )

@@ -27,12 +27,14 @@ class Task:
         summary: data, model and what is measured, in one sentence.
         build: makes the recipe; its keyword arguments scale the task.
         variants: what may follow the name after a colon; handed to `build` as its first argument.
+        data: where the data are from, and their licence.
     """
 
     name: str
     summary: str
     build: Callable[..., Recipe]
     variants: tuple[str, ...] = ()
+    data: str = "Computed when the task is built; no licence is needed."
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -63,8 +63,16 @@ def _diabetes(*, batch_size: int = 32, epochs: int = 20) -> Recipe:
     )
 
 
-BREAST_CANCER = Task("breast-cancer", "569 tumours, 30 measurements each; MLP 30-32-32-2; accuracy.", _breast_cancer)
-WINE = Task("wine", "178 wines of 3 growers, 13 measurements each; MLP 13-32-32-3; accuracy.", _wine)
+WDBC = "Breast Cancer Wisconsin (Diagnostic), UCI repository, CC BY 4.0; comes with scikit-learn."
+WINES = "Wine, UCI repository, CC BY 4.0; comes with scikit-learn."
+PATIENTS = "Efron, Hastie, Johnstone and Tibshirani (2004), published without a licence; comes with scikit-learn."
+BREAST_CANCER = Task(
+    "breast-cancer", "569 tumours, 30 measurements each; MLP 30-32-32-2; accuracy.", _breast_cancer, data=WDBC
+)
+WINE = Task("wine", "178 wines of 3 growers, 13 measurements each; MLP 13-32-32-3; accuracy.", _wine, data=WINES)
 DIABETES = Task(
-    "diabetes", "Progression of diabetes in 442 patients, standardised; MLP 10-32-32-1; squared error.", _diabetes
+    "diabetes",
+    "Progression of diabetes in 442 patients, standardised; MLP 10-32-32-1; squared error.",
+    _diabetes,
+    data=PATIENTS,
 )

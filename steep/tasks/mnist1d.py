@@ -136,4 +136,5 @@ MNIST1D = Task(
     "4000 one-dimensional signals of ten digits; CNN (or MLP 40-100-100-10); accuracy.",
     _mnist1d,
     variants=tuple(_MODELS),
+    data="Computed by the procedure of Greydanus and Kobak (arXiv 2011.14439), whose code is under Apache-2.0.",
 )

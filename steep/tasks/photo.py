@@ -72,4 +72,5 @@ PHOTO = Task(
     "A photograph of 96 x 144 pixels as a function of position; MLP on Fourier features; squared error.",
     _photo,
     variants=("china", "flower"),
+    data="Sample photographs, CC BY (authors in scikit-learn's datasets/images/README.txt); come with scikit-learn.",
 )
