@@ -3,6 +3,8 @@
 They are made from the methods' entries, the claims, the ledger and `benchmarks/results`.
 """
 
+import ast
+import importlib
 import inspect
 import json
 import math
@@ -23,7 +25,8 @@ import steep
 from steep.cli.catalog import range_text
 from steep.evidence.claims import ledger
 from steep.evidence.claims.verdicts import effect, gains, number, numbers
-from steep.method import PACKAGES, methods
+from steep.method import PACKAGES, PURPOSES, methods
+from steep.tasks import tasks
 
 ROOT = Path(__file__).parent.parent
 NOT_RUN = "not run"
@@ -85,7 +88,7 @@ def claim_section(claim, entry, state):
     """The claim and its outcome; every verdict has the same frame, whatever it says."""
     verdict = entry.verdict if entry else "never run"
     if state == "stale":
-        verdict += " (the code has changed since)"
+        verdict = f"not measured with this version (before the code changed: {verdict})"
     scales = f"- In the paper: {claim.paper_scale}.\n- Here: {claim.our_scale}.\n- Source: {claim.source}."
     frame = f"```{{admonition}} Verdict: {verdict}\n{result(claim, entry)}\n```"
     parts = [f"## Claim\n\n{claim.statement}", scales, frame]
@@ -156,14 +159,20 @@ def share(axis, value):
     return axis.transAxes.inverted().transform(axis.transData.transform((value, 0)))[0]
 
 
-def reference(method):
-    """The directives that document what `make` makes, and whatever else its file names in ``__all__``."""
+def objects_of(method):
+    """What `make` makes, and whatever else its file names in ``__all__``."""
     module, own = sys.modules[method.make.__module__], method.make.__name__
+    return {getattr(module, name): name for name in dict.fromkeys((own, *getattr(module, "__all__", ())))}
+
+
+def reference(method):
+    """The directives that document them."""
+    module = method.make.__module__
     return "\n\n".join(
-        f".. autoclass:: {module.__name__}.{name}\n   :members:\n   :inherited-members: Optimizer, Module"
-        if isinstance(getattr(module, name), type)
-        else f".. autofunction:: {module.__name__}.{name}"
-        for name in dict.fromkeys((own, *getattr(module, "__all__", ())))
+        f".. autoclass:: {module}.{name}\n   :members:\n   :inherited-members: Optimizer, Module"
+        if isinstance(thing, type)
+        else f".. autofunction:: {module}.{name}"
+        for thing, name in objects_of(method).items()
     )
 
 
@@ -188,31 +197,127 @@ def method_page(method, outcome=None):
 
 
 def which_page(found):
-    """Which method for what: by package, then by outcome, from the ledger alone."""
+    """Which method for what, by the reader's problem: one table, from the methods' entries and the ledger."""
     head = (
-        "Measured at the small scale of each claim, against that claim's baseline. To see whether a method helps on "
-        "your model, use `steep compare`. *Helps* and *hurts* mean that the exact 95 % interval excludes zero gain."
+        "What papers say their methods are good for. Whether one helps on your model is what "
+        "`steep compare YOUR_RECIPE --methods ...` measures. `steep list --for WORD` prints a row of this table."
     )
-    parts = ["# Which method for what", head, "## By what it changes"]
-    for package in PACKAGES:
-        rows = [row for method in methods().values() if method.changes == package for row in rows_of(method, found)]
-        if rows:
-            parts += [f"### {package}", table(["method", "measured", "outcome", "gain [95 %]", "claim"], rows)]
-    parts.append("## By outcome")
+    rows = []
+    for word, problem in PURPOSES.items():
+        own = [method for method in methods().values() if word in method.good_for]
+        if own:
+            rows.append([f"`{word}`", problem, ", ".join(f"[{m.id}]({m.id}.md){mark(m, found)}" for m in own)])
+    foot = (
+        "✓ reproduced at the small scale of its [claim](outcomes.md), with this version of the code; ✗ not reproduced. "
+        "Methods without a mark have not been measured with this version."
+    )
+    return "\n\n".join(["# Which method for what", head, table(["", "you want", "methods"], rows), foot]) + "\n"
+
+
+def mark(method, found):
+    """What the ledger says with this version of the code."""
+    _, entry, state = found.get(method.id, (None, None, ""))
+    current = entry is not None and entry.quantities and state == "current"
+    return {"reproduced": " ✓", "not reproduced": " ✗"}.get(entry.verdict, "") if current else ""
+
+
+def outcomes_page(found):
+    """The outcome of every claim's quantities that was measured with this version of the code."""
+    head = (
+        "Measured at the small scale of each claim, against that claim's baseline. *Helps* and *hurts* mean that the "
+        "exact 95 % interval excludes zero gain. What was measured before the code changed is not shown."
+    )
     every = [row for method in methods().values() for row in rows_of(method, found)]
-    for outcome in ("helps", "no evidence", "hurts", NOT_RUN):
-        rows = [[method, what, gain] for method, what, result, gain, _ in every if result == outcome]
-        parts += [f"### {outcome}", table(["method", "measured", "gain [95 %]"], rows) if rows else "None."]
+    parts = ["# Outcomes of the papers' claims", head]
+    for outcome in ("helps", "no evidence", "hurts"):
+        rows = [[method, what, gain, verdict] for method, what, result, gain, verdict in every if result == outcome]
+        shown = table(["method", "measured", "gain [95 %]", "claim"], rows) if rows else "None."
+        parts += [f"## {outcome.capitalize()}", shown]
+    rest = dict.fromkeys(method for method, _, result, *_ in every if result == NOT_RUN)
+    parts += ["## Not measured with this version", ", ".join(rest) or "None."]
     return "\n\n".join(parts) + "\n"
 
 
 def rows_of(method, found):
     """Method, what was measured, outcome, gain and verdict: a row for each quantity of its claim."""
     link, (_, entry, state) = f"[{method.id}]({method.id}.md)", found.get(method.id, (None, None, ""))
-    if not entry or not entry.quantities:
-        return [[link, "–", NOT_RUN, "–", entry.verdict if entry else "–"]]
-    stale = " (stale)" if state == "stale" else ""
-    return [[link, j.quantity.name, effect(j), interval(j), j.verdict + stale] for j in entry.quantities]
+    if not entry or not entry.quantities or state != "current":
+        return [[link, "–", NOT_RUN, "–", "–"]]
+    return [[link, j.quantity.name, effect(j), interval(j), j.verdict] for j in entry.quantities]
+
+
+def parity_page():
+    """What each method's tests hold it equal to, and where it differs from its authors' code, from the docstrings."""
+    head = (
+        "Every method is tested against an independent reference written from the paper's formula, and against its "
+        "authors' code where there is any. Here stands what its own tests compare it with, where it differs from the "
+        "paper or the authors' code and why, and what stayed uncertain."
+    )
+    parts = ["# Parity with the authors' code", head]
+    for method in methods().values():
+        module = sys.modules[method.make.__module__]
+        differs = [text for text in paragraphs(module) if re.match(r"(What differs|Differs|Unsure|Not here)", text)]
+        tested = tests_of(module)
+        parts += [
+            f"## [{method.id}]({method.id}.md)",
+            f"**Tested against:** {tested}" if tested else "",
+            f"```text\n{chr(10).join(differs)}\n```" if differs else "No known difference.",
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def paragraphs(module):
+    return (inspect.getdoc(module) or "").split("\n\n")
+
+
+def tests_of(module):
+    """The first line of the test file of the same name, without its name."""
+    place = Path(module.__file__).relative_to(Path(steep.__file__).parent)
+    file = ROOT / "tests" / place.parent / f"test_{place.name}"
+    text = ast.get_docstring(ast.parse(file.read_text())) or "" if file.exists() else ""
+    return text.split("\n\n")[0].replace("\n", " ")
+
+
+def data_page():
+    """Where the data of every task are from."""
+    rows = [[f"`{task.name}`", task.summary, task.data] for task in tasks().values()]
+    head = (
+        "steep contains no data sets. Small ones come with scikit-learn and Python, others are computed; the rest are "
+        "read from the folder `STEEP_DATA` or downloaded on first use."
+    )
+    return "\n\n".join(["# Data of the tasks", head, table(["task", "what it is", "data and licence"], rows)]) + "\n"
+
+
+API = ("per_example", "linalg", "roles", "tasks", "testing")
+API += tuple(f"adapters.{name}" for name in ("lightning", "hf", "accelerate", "distributed"))
+
+
+def api_page():
+    """Everything public: the names of `steep`, then those of its packages that are not on a method's page."""
+    documented = {thing for method in methods().values() for thing in objects_of(method)}
+    parts = ["# API", "Methods have [pages of their own](index.md). Everything else that is public:"]
+    for name in ("steep", *(f"steep.{package}" for package in API)):
+        module = importlib.import_module(name)
+        listed = getattr(module, "__all__", ())
+        things = {n: getattr(module, n) for n in sorted(listed or vars(module)) if not n.startswith("_")}
+        own = {n: thing for n, thing in things.items() if is_ours(thing, name, listed) and thing not in documented}
+        documented |= set(own.values())
+        about = next(iter(paragraphs(module)), "")
+        if own:
+            directives = "\n\n".join(directive(name, n, thing) for n, thing in own.items())
+            parts += [f"## {name}", about, f"```{{eval-rst}}\n{directives}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_ours(thing, module, listed):
+    """Whether it is a class or function that this module defines, or lists in ``__all__``."""
+    home = getattr(thing, "__module__", "") or ""
+    return (inspect.isclass(thing) or inspect.isfunction(thing)) and (home == module or bool(listed))
+
+
+def directive(module, name, thing):
+    kind = "autoclass" if inspect.isclass(thing) else "autofunction"
+    return f".. {kind}:: {module}.{name}" + ("\n   :members:" if kind == "autoclass" else "")
 
 
 def interval(judged):
@@ -229,7 +334,7 @@ def index_page():
                 f"## {package}",
                 "\n".join(f"- [{method.id}]({method.id}.md): {method.summary}" for method in own),
             ]
-    lines.append("```{toctree}\n:hidden:\nwhich\nmeasured\n" + "\n".join(methods()) + "\n```")
+    lines.append("```{toctree}\n:hidden:\nwhich\noutcomes\nparity\ndata\nmeasured\n" + "\n".join(methods()) + "\n```")
     return "\n\n".join(lines) + "\n"
 
 
@@ -239,6 +344,8 @@ def write_pages(folder):
     found = outcomes()
     pages = {f"{method.id}.md": method_page(method, found.get(method.id)) for method in methods().values()}
     pages |= {"index.md": index_page(), "which.md": which_page(found), "measured.md": measured.page()}
+    pages |= {"outcomes.md": outcomes_page(found), "parity.md": parity_page(), "data.md": data_page()}
+    pages["api.md"] = api_page()
     for old in (*folder.glob("*.md"), *folder.glob("*.svg")):
         old.unlink()
     for name, text in pages.items():

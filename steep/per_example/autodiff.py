@@ -21,7 +21,7 @@ class Blocks(Part):
     Where the blocks do not fit into `CHUNK` elements at once, they are computed again for each pair of blocks.
 
     Args:
-        block: per-example gradients of a range of examples, (n, *shape) for each parameter.
+        block: per-example gradients of a range of examples, ``(n, *shape)`` for each parameter.
         pull: their sum weighted by `w`, where there is a cheaper way to it than through the blocks.
         masks: rows that count, one 0/1 vector per parameter.
     """

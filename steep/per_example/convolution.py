@@ -44,11 +44,11 @@ class Patches(Sliced):
     """A convolution's weight, kept as input and output gradient.
 
     Args:
-        params: ``(weight,)``, (o, c / groups, *kernel).
+        params: ``(weight,)``, ``(o, c / groups, *kernel)``.
         geometry: of the layer.
-        x: padded input, (N, c, *extents), where N is B or a multiple of it; or fewer, (N / R, c, *extents), where R
-            consecutive rows share theirs.
-        grad: gradient of the output, (N, o, *positions).
+        x: padded input, ``(N, c, *extents)``, N being B or a multiple of it; or fewer, ``(N / R, c, *extents)``, where
+            R consecutive rows share theirs.
+        grad: gradient of the output, ``(N, o, *positions)``.
         batch: number of rows B.
     """
 

@@ -151,7 +151,7 @@ class Sliced(Part):
 
 @dataclass
 class Dense(Sliced):
-    """Gradients small enough to hold: biases, norms' scales, early convolutions. `j` has shape (B, *parameter's)."""
+    """Gradients small enough to hold: biases, norms' scales, early convolutions. `j` is ``(B, *shape)``."""
 
     params: tuple[Tensor, ...]
     j: Tensor
