@@ -249,9 +249,9 @@ def rows_of(method, found):
 def parity_page():
     """What each method's tests hold it equal to, and where it differs from its authors' code, from the docstrings."""
     head = (
-        "Every method is tested against an independent reference written from the paper's formula, and against its "
-        "authors' code where there is any. Here stands what its own tests compare it with, where it differs from the "
-        "paper or the authors' code and why, and what stayed uncertain."
+        "Every method is tested against an independent reference written from the paper's formula. Here stands what its "
+        "own tests compare it with, where it differs from the paper or the authors' code and why, and what stayed "
+        "uncertain."
     )
     parts = ["# Parity with the authors' code", head]
     for method in methods().values():
@@ -334,7 +334,7 @@ def index_page():
                 f"## {package}",
                 "\n".join(f"- [{method.id}]({method.id}.md): {method.summary}" for method in own),
             ]
-    lines.append("```{toctree}\n:hidden:\nwhich\noutcomes\nparity\ndata\nmeasured\n" + "\n".join(methods()) + "\n```")
+    lines.append("```{toctree}\n:hidden:\n" + "\n".join(methods()) + "\n```")
     return "\n\n".join(lines) + "\n"
 
 

@@ -192,3 +192,117 @@ def test_a_store_of_a_newer_version_is_refused_before_anything_is_written(monkey
     assert run(monkeypatch, "runs", tmp_path) == 2
     assert "written by a newer steep" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
+
+
+def test_methods_are_found_by_words_component_purpose_and_requirement(monkeypatch, capsys):
+    def found(*options):
+        assert run(monkeypatch, "list", *options, "--json") == 0
+        return {row["id"] for row in json.loads(capsys.readouterr().out)}
+
+    everything = steep.methods().values()
+    assert found() == {m.id for m in everything}
+    assert found("--changes", "backward") == {m.id for m in everything if m.changes == "backward"}
+    assert found("--for", "equations") == {m.id for m in everything if "equations" in m.good_for} != set()
+    assert found("--requires", "clients") == {"fedavg", "fedspeed"}
+    assert found("--search", "BELIEF adam") == {"adabelief"}
+    assert run(monkeypatch, "list", "tasks", "--search", "handwritten") == 0
+    shown = capsys.readouterr().out
+    assert "digits" in shown
+    assert "poisson" not in shown
+
+
+def test_every_table_can_be_had_as_json(monkeypatch, capsys, recipe_file, tmp_path):
+    assert run(monkeypatch, "show", "sven", "--json") == 0
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert {row["hyper-parameter"] for row in shown["hyper"]} == set(steep.method("sven").hyper)
+    options = ("--seeds", 1, "--trials", 1, "--workers", 1, "--out", tmp_path / "out", "--json")
+    assert run(monkeypatch, "compare", recipe_file, "-m", "sgdp:lr=0.01", *options) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["arm"] for row in rows} == {"baseline", "adamw", "sgdp:lr=0.01", "A/A"}
+    assert run(monkeypatch, "report", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == rows
+    record = next(r for r in Store(tmp_path / "out").records() if r.arm == "sgdp:lr=0.01")
+    assert dict(record.methods)["sgdp"]["lr"] == 0.01
+
+
+def test_methods_in_a_users_file_are_arms_and_their_runs_are_repeated(monkeypatch, capsys, recipe_file, tmp_path):
+    file = tmp_path / "ideas.py"
+    file.write_text(
+        "def scaled(recipe, factor=2.0):\n"
+        "    'The loss, scaled.'\n"
+        "    return recipe.replace(loss=lambda o, t: factor * recipe.loss(o, t))\n"
+    )
+    arms = (f"{file}:scaled", f"{file}:scaled:factor=0.5", f"sgdp+{file}:scaled")
+    out = tmp_path / "out"
+    options = ("--seeds", 2, "--trials", 1, "--workers", 1, "--out", out)
+    assert run(monkeypatch, "compare", recipe_file, "--methods", *arms, *options) == 0
+    capsys.readouterr()
+    rows = [row for row in csv.DictReader((out / "report.csv").open()) if row["role"] == "confirm"]
+    assert {row["arm"] for row in rows} == {"baseline", "adamw", *arms}
+    losses = {row["arm"]: row["test_loss"] for row in rows if row["seed"] == "0"}
+    assert len({losses[arm] for arm in ("baseline", *arms)}) == 4
+    for row in rows[-3:]:
+        assert run(monkeypatch, *shlex.split(row["command"])[1:], "--json") == 0
+        assert json.loads(capsys.readouterr().out)["test"]["loss"] == float(row["test_loss"])
+    file.write_text(file.read_text().replace("factor * ", "factor ** 2 * "))  # other code: nothing of the old is used
+    assert run(monkeypatch, "compare", recipe_file, "--methods", *arms, *options) == 0
+    again = {r.key for r in Store(out).records() if r.arm == arms[0] and r.role == "confirm"}
+    assert len(again) == 4
+
+
+def test_trained_weights_are_saved_with_ties(monkeypatch, capsys, tmp_path):
+    (tmp_path / "tied.py").write_text(
+        "import torch, steep\n"
+        "class Tied(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)\n"
+        "        self.b.weight = self.a.weight\n"
+        "    def forward(self, x):\n"
+        "        return self.b(self.a(x))\n"
+        "x = torch.ones(8, 3)\n"
+        "recipe = steep.Recipe(data=lambda g: steep.split_loaders(x, x, g, batch_size=2), model=Tied,\n"
+        "    loss=lambda o, t: (o - t).square().mean(1), budget=steep.Budget(steps=3),\n"
+        "    optimizer=lambda p: torch.optim.SGD(p, lr=0.1))\n"
+    )
+    path = tmp_path / "weights.safetensors"
+    assert run(monkeypatch, "fit", f"{tmp_path}/tied.py:recipe", "--save", path) == 0
+    import safetensors.torch
+
+    from steep.evidence.runs.source import load_recipe
+
+    result = steep.fit(load_recipe(f"{tmp_path}/tied.py:recipe"), progress=False)
+    model = type(result.model)()
+    safetensors.torch.load_model(model, path)
+    assert all((p == q).all() for p, q in zip(model.parameters(), result.model.parameters(), strict=True))
+    assert model.b.weight is model.a.weight
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".py" and p.name != "__pycache__"] == [path.name]
+
+
+def test_version_traceback_and_completion(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == f"steep {steep.__version__}"
+    for arguments in (("--traceback", "show", "svne"), ("show", "svne", "--traceback")):
+        assert run(monkeypatch, *arguments) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback (most recent call last)" in shown
+        assert shown.strip().endswith("did you mean 'sven'?")
+    monkeypatch.setenv("_STEEP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "steep show ada")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    monkeypatch.setattr(sys, "argv", ["steep"])
+    with pytest.raises(SystemExit):
+        cli.app(prog_name="steep")
+    assert set(capsys.readouterr().out.split()) == {"adabelief", "adadagrad", "adamp"}
+
+
+def test_runs_fit_into_80_columns(monkeypatch, capsys, recipe_file, tmp_path):
+    options = ("--seeds", 1, "--trials", 2, "--workers", 1, "--out", tmp_path / "out")
+    assert run(monkeypatch, "compare", recipe_file, "-m", "adabelief", *options) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, "runs", tmp_path / "out") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["arm", "role", "seed", "settings", "steps", "val", "loss", "test", "CPU", "s", "key"]
+    rows = [line for line in lines[1:] if not line.startswith(" ")]
+    assert sum(len(line.split()[-1]) == 6 for line in rows) == len(list(Store(tmp_path / "out").records()))

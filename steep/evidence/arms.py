@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from steep.evidence.runs.source import RecipeError, attribute_of
+from steep.evidence.runs.source import RecipeError, attribute_of, content_of
 from steep.evidence.study import BASELINE
 from steep.method import Choice, Method, Paper, Range, log_uniform
 from steep.method import method as by_id
@@ -49,11 +49,11 @@ def find_method(id: str) -> Method:
     """
     if id == ADAMW.id:
         return ADAMW
-    return _method_of(id) if ":" in id else by_id(id)
+    return _method_of(id, content_of(id)) if ":" in id else by_id(id)
 
 
-@cache
-def _method_of(place: str) -> Method:
+@cache  # by content too: a file may change while the process goes on, as in a notebook
+def _method_of(place: str, content: str) -> Method:
     """The entry of a method in a user's file, under the name of its place, so that every process can find it."""
     value = attribute_of(place, (Method,))
     if isinstance(value, type) or not (isinstance(value, Method) or callable(value)):

@@ -230,7 +230,6 @@ def test_the_command_runs_what_is_new_or_changed_and_nothing_else(monkeypatch, c
     assert steep_claims(monkeypatch, *options) == 0
     assert log.read_text() == "0 0 1 2 3 4 5 "
     (folder / "sven.py").write_text(CLAIM.replace("0.5", "0.9"))
-    ledger.code_of.cache_clear()
     assert steep_claims(monkeypatch, *options, "--list") == 0
     assert "stale" in capsys.readouterr().out
     assert steep_claims(monkeypatch, *options, "--ledger", tmp_path / "other") == 0

@@ -132,6 +132,12 @@ def attribute_of(name: str, kinds: tuple[type, ...]) -> Any:
     return value
 
 
+def content_of(name: str) -> str:
+    """The text of the file in FILE.py:NAME; "" where there is none, and of a module, which is imported once."""
+    place = Path(name.rpartition(":")[0])
+    return place.read_text() if _is_file(str(place)) and place.is_file() else ""
+
+
 def _is_task(name: str) -> bool:
     return name.partition(":")[0] in tasks()
 
@@ -212,13 +218,17 @@ def imported(paths: Sequence[Path]) -> set[Path]:
     return found
 
 
-@cache
 def _imports(path: Path) -> tuple[Path, ...]:
-    return tuple(_imported_by(path))
+    return _imported_by(path, path.read_text())
 
 
-def _imported_by(path: Path) -> Iterator[Path]:
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache  # by content: a file may change while the process goes on, as in a notebook
+def _imported_by(path: Path, text: str) -> tuple[Path, ...]:
+    return tuple(_imported_modules(path, text))
+
+
+def _imported_modules(path: Path, text: str) -> Iterator[Path]:
+    for node in ast.walk(ast.parse(text)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -242,10 +252,14 @@ def _modules(names: Sequence[str]) -> Iterator[Path]:
                 yield file
 
 
-@cache
 def code_of(path: Path, texts: frozenset[str] = frozenset()) -> str:
     """A file's syntax tree, without comments, docstrings and the keyword arguments named in `texts`."""
-    tree = ast.parse(path.read_text())
+    return _code(path.read_text(), texts)
+
+
+@cache
+def _code(text: str, texts: frozenset[str]) -> str:
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg not in texts]
