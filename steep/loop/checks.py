@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -93,16 +92,12 @@ _REMEDY = (
 _ONE = "more than 1 value per channel"  # torch's words where BatchNorm meets one value
 
 
-@contextmanager
-def explained(what: str, *values: Any) -> Iterator[None]:
-    """Note on an error what was called on which values, and say what to do where BatchNorm has met a single example."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, ValueError) and _ONE in str(error):  # a batch whose size could not be known before
-            raise ValueError(f"a training batch has one example, which BatchNorm cannot normalise: {_DROP}") from error
-        error.add_note(f"while the {what} was called with {' and '.join(map(describe, values))}")
-        raise
+def explained(error: Exception, what: str, *values: Any) -> Exception:
+    """The error with a note of what was called on which values; what to do where BatchNorm has met a single example."""
+    if isinstance(error, ValueError) and _ONE in str(error):  # a batch whose size could not be known before
+        return ValueError(f"a training batch has one example, which BatchNorm cannot normalise: {_DROP}")
+    error.add_note(f"while the {what} was called with {' and '.join(map(describe, values))}")
+    return error
 
 
 _DROP = "pass drop_last=True to the loader, choose another batch_size, or use GroupNorm"

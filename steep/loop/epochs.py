@@ -10,7 +10,7 @@ import torch
 from steep.batches import Batch, as_batch
 from steep.loop.checks import DistinctIndices
 from steep.splits import Loader
-from steep.utils.loaders import parts_of, release
+from steep.utils.loaders import is_all_torch, parts_of, release
 from steep.utils.randomness import Stream
 
 
@@ -30,6 +30,7 @@ class Epochs:
         self.loader, self.train_step, self.stream = loader, train_step, stream
         self.distinct: DistinctIndices | None = DistinctIndices(loader)
         self.batches: Iterator[Any] | None = None
+        self.drawing = stream.active_in_torch if is_all_torch(loader) else stream.active
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -43,7 +44,7 @@ class Epochs:
         return self.train_step(self.next_batch())
 
     def next_batch(self) -> Batch:
-        with self.stream.active():
+        with self.drawing():
             if self.batches is None:
                 # workers that persist would go on with random numbers of earlier epochs, which no checkpoint holds
                 release(self.loader)

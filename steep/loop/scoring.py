@@ -33,12 +33,16 @@ def score(
         batch = as_batch(item)
         batch = batch if device.type == "cpu" else send_to_device(batch, device)
         size = batch.size
-        with explained("model", batch.x):
+        try:
             output = forward(model, batch.x)
+        except Exception as error:
+            raise explained(error, "model", batch.x)  # noqa: B904  (the same error)
         weight = size if batch.weights is None else float(batch.weights.double().sum())
         for name, function in functions.items():
-            with explained(name if name == "loss" else f"metric {name!r}", output, batch.y):
+            try:
                 values = function(output, batch.y)
+            except Exception as error:
+                raise explained(error, name if name == "loss" else f"metric {name!r}", output, batch.y)  # noqa: B904
             if name != "loss" and (not isinstance(values, Tensor) or values.shape[:1] != (size,)):
                 raise ValueError(
                     f"the metric {name!r} must return one number per example, shape ({size},), but returned "

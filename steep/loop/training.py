@@ -205,12 +205,16 @@ class Training:
     def _evaluate(self, model: nn.Module, batch: Batch) -> Tensor:
         if "indices" in self.requires["rule"]:
             self.rule.indices = batch.indices
-        with explained("model", batch.x):
+        try:
             output = forward(model, batch.x)
+        except Exception as error:
+            raise explained(error, "model", batch.x)  # noqa: B904  (the same error)
         if "classes" in self.requires["loss"]:
             output = logits(output)
-        with explained("loss", output, batch.y):
+        try:
             losses = self.loss(output, batch.y, **self._asked(batch))
+        except Exception as error:
+            raise explained(error, "loss", output, batch.y)  # noqa: B904
         return losses if batch.weights is None else weighted(losses, batch.weights)
 
     def _asked(self, batch: Batch) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader, TensorDataset
+
 
 class LoaderWrapper:
     """Base of loaders that wrap another one: whatever they do not define is the inner loader's.
@@ -53,6 +55,14 @@ def parts_of(loader: Any) -> Iterator[Any]:
         yield loader
         inner = getattr(loader, "batch_sampler", None)  # not by its truth: that asks for a length, which it may lack
         loader = getattr(loader, "sampler", None) if inner is None else inner
+
+
+def is_all_torch(loader: Any) -> bool:
+    """Whether iterating runs no code but torch's, which draws from torch's generators alone: tensors held in memory."""
+    if type(loader) is not DataLoader or type(loader.dataset) is not TensorDataset or loader.num_workers:
+        return False
+    parts = [*(type(part) for part in parts_of(loader)), loader.collate_fn]
+    return all(part.__module__.startswith("torch.utils.data.") for part in parts)
 
 
 def release(loader: Any) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import steep
+from steep.utils.loaders import is_all_torch
 from steep.utils.randomness import Stream
 
 X = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
@@ -189,3 +190,39 @@ def test_a_second_thread_is_refused_and_a_run_inside_a_run_is_not():
 
     outer = recipe(model=steep.deferred(lambda run: steep.fit(recipe(), progress=False).model))
     assert len(losses(outer)) == 10
+
+
+def test_loaders_of_torch_alone_are_told_from_those_that_may_draw_elsewhere():
+    class Own(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return X[i]
+
+    tensors = torch.utils.data.TensorDataset(X, X)
+    assert is_all_torch(steep.tensor_loader(X, X, 4, shuffle=True))
+    assert is_all_torch(DataLoader(tensors, 4, shuffle=True))
+    own_sampler = type("Own", (torch.utils.data.RandomSampler,), {"__module__": "mine"})
+    for loader in (
+        DataLoader(Own(), 2),
+        DataLoader(tensors, 4, collate_fn=lambda batch: batch),
+        DataLoader(tensors, 4, sampler=own_sampler(tensors)),
+        DataLoader(tensors, 4, num_workers=1),
+        steep.adapt(DataLoader(tensors, 4), lambda item: item),
+        [(X, X)],
+    ):
+        assert not is_all_torch(loader)
+
+
+def test_torchs_part_of_a_stream_is_the_same_by_both_ways():
+    whole, part = Stream(0, "order"), Stream(0, "order")
+    for _ in range(2):
+        with whole.active():
+            first = torch.rand(3)
+        outside = random.getstate(), torch.get_rng_state()
+        with part.active_in_torch():
+            assert torch.equal(torch.rand(3), first)
+        assert random.getstate() == outside[0]
+        assert torch.equal(torch.get_rng_state(), outside[1])
+    assert torch.equal(whole.state["torch"], part.state["torch"])
