@@ -249,8 +249,8 @@ def rows_of(method, found):
 def parity_page():
     """What each method's tests hold it equal to, and where it differs from its authors' code, from the docstrings."""
     head = (
-        "Every method is tested against an independent reference written from the paper's formula. Here stands what its "
-        "own tests compare it with, where it differs from the paper or the authors' code and why, and what stayed "
+        "Every method is tested against an independent reference written from the paper's formula. This page says what "
+        "its own tests compare it with, where it differs from the paper or the authors' code and why, and what stayed "
         "uncertain."
     )
     parts = ["# Parity with the authors' code", head]
