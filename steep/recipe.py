@@ -125,6 +125,7 @@ class EarlyStopping:
         ValueError: a value out of range.
 
     Example:
+        >>> import steep
         >>> recipe = steep.task("digits").replace(early_stopping=EarlyStopping(patience=3, score="accuracy"))
     """
 

@@ -79,8 +79,8 @@ class Sven:
         >>> import torch
         >>> model = torch.nn.Linear(3, 1)
         >>> backward, optimizer = Sven(model), torch.optim.SGD(model.parameters(), lr=1.0)
-        >>> x, y = torch.randn(4, 3), torch.randn(4)
-        >>> backward(model(x).squeeze(-1) - y)  # four conditions, four parameters
+        >>> x, y = torch.eye(3), torch.tensor([1.0, 2.0, 3.0])
+        >>> backward(model(x).squeeze(-1) - y)  # three conditions, four parameters
         >>> optimizer.step()
         >>> bool((model(x).squeeze(-1) - y).abs().max() < 1e-3)
         True

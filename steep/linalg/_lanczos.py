@@ -134,8 +134,8 @@ def outermost(
 
     Example:
         >>> d = torch.tensor([1.0, -3.0, 5.0, 5.0])
-        >>> outermost(lambda v: d * v, 4, 3, 4, torch.Generator()).values.float()
-        tensor([ 5.,  5., -3.])
+        >>> outermost(lambda v: d * v, 4, 3, 4, torch.Generator()).values.round().tolist()
+        [5.0, 5.0, -3.0]
     """
     check_ranges({"k": k, "products": products}, {"k": f"[1, {n}]", "products": f"[{k}, inf)"})
     products = min(products, n)

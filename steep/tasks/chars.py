@@ -55,7 +55,7 @@ def _chars(*, context: int = 32, batch_size: int = 32, steps: int = 400) -> Reci
     )
 
 
-SOURCE = "Help texts of Python (pydoc_data), PSF licence; come with Python."
+ORIGIN = "Help texts of Python (pydoc_data), PSF licence; come with Python."
 CHARS = Task(
-    "chars", "Next character of Python's help texts; decoder-only transformer; nats per character.", _chars, data=SOURCE
+    "chars", "Next character of Python's help texts; decoder-only transformer; nats per character.", _chars, data=ORIGIN
 )

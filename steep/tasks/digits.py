@@ -100,23 +100,23 @@ def _digits_federated(
     )
 
 
-SOURCE = "Optical Recognition of Handwritten Digits, UCI repository, CC BY 4.0; comes with scikit-learn."
-DIGITS = Task("digits", "1797 handwritten digits of 8 x 8 pixels; MLP 64-128-128-10; accuracy.", _digits, data=SOURCE)
+ORIGIN = "Optical Recognition of Handwritten Digits, UCI repository, CC BY 4.0; comes with scikit-learn."
+DIGITS = Task("digits", "1797 handwritten digits of 8 x 8 pixels; MLP 64-128-128-10; accuracy.", _digits, data=ORIGIN)
 IMAGE = Task(
     "digits-image",
     "The same digits as images; CNN with GroupNorm that takes any size; accuracy.",
     _digits_image,
-    data=SOURCE,
+    data=ORIGIN,
 )
 AUTOENCODER = Task(
     "digits-autoencoder",
     "The same digits, encoded in 8 numbers and decoded; MLP 64-32-8-32-64; squared error.",
     _digits_autoencoder,
-    data=SOURCE,
+    data=ORIGIN,
 )
 FEDERATED = Task(
     "digits-federated",
     "The same digits divided among 20 clients, most with one or two classes; FedAvg; MLP 64-32-10; accuracy.",
     _digits_federated,
-    data=SOURCE,
+    data=ORIGIN,
 )

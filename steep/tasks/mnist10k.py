@@ -45,7 +45,7 @@ def _mnist10k(*, batch_size: int = 64, epochs: int = 3) -> Recipe:
     )
 
 
-SOURCE = "Test images of MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0 as commonly given; STEEP_DATA, or downloaded."
+ORIGIN = "Test images of MNIST (LeCun, Cortes, Burges), CC BY-SA 3.0 as commonly given; STEEP_DATA, or downloaded."
 MNIST10K = Task(
-    "mnist10k", "10 000 images of MNIST, 28 x 28 pixels; CNN with GroupNorm; accuracy.", _mnist10k, data=SOURCE
+    "mnist10k", "10 000 images of MNIST, 28 x 28 pixels; CNN with GroupNorm; accuracy.", _mnist10k, data=ORIGIN
 )

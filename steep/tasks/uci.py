@@ -59,11 +59,11 @@ def _uci(name: str = "yacht", *, batch_size: int = 64, steps: int = 2000) -> Rec
     )
 
 
-SOURCE = "Tables of the UCI repository, CC BY 4.0; read from STEEP_DATA, or downloaded on first use."
+ORIGIN = "Tables of the UCI repository, CC BY 4.0; read from STEEP_DATA, or downloaded on first use."
 UCI = Task(
     "uci",
     "A regression table of the UCI repository, standardised; MLP 64-64; squared error.",
     _uci,
     variants=NAMES,
-    data=SOURCE,
+    data=ORIGIN,
 )

@@ -70,19 +70,13 @@ def test_persistent_workers_change_no_number_and_resume_exactly(file, tmp_path):
         recipe = load_recipe(f"{file}:{name}").replace(budget=steep.Budget(steps=steps))
         return steep.fit(recipe, progress=False, **options)
 
+    before = _children(psutil.Process())
     whole, path = fit("persistent", 7), tmp_path / "run.pt"
     assert whole.history.losses == fit("default", 7).history.losses
     fit("persistent", 5, checkpoint=path)  # in the middle of the third epoch
     assert fit("persistent", 7, checkpoint=path).history.losses == whole.history.losses
-    left = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE and "loky" not in _line(p)]
-    assert not [p for p in left if "resource_tracker" not in _line(p)]
-
-
-def _line(process):
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    left = [p for p in _children(psutil.Process()) if p not in before and p.status() != psutil.STATUS_ZOMBIE]
+    assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
