@@ -1,5 +1,6 @@
 """The Trainer trains as the plain loop does, splits batches without changing the mean, and resumes exactly."""
 
+import copy
 import gc
 
 import pytest
@@ -170,3 +171,49 @@ def test_what_the_trainer_cannot_give_is_refused(tmp_path):
     scalar = trainer(Setting("sven"), tmp_path, 1, loss=lambda z, y: cross_entropy(z, y).mean())
     with pytest.raises(ValueError, match="Sven needs one loss per example"):
         scalar.train()
+
+
+def test_texts_with_padding_are_trained_as_in_a_plain_loop(tmp_path):
+    """BERT on messages of unlike length: the Trainer's steps with Sven are those of a loop over the same batches."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=30, **sizes, **ids, **rates))
+    twin = copy.deepcopy(model)
+    texts = [torch.randint(3, 30, (3 + i % 5,)) for i in range(16)]
+    examples = [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": i % 2} for i, t in enumerate(texts)]
+
+    def collate(batch):
+        padded = {k: nn.utils.rnn.pad_sequence([e[k] for e in batch], True) for k in ("input_ids", "attention_mask")}
+        return padded | {"labels": torch.tensor([e["labels"] for e in batch])}
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    MyTrainer(
+        model,
+        arguments,
+        train_dataset=examples,
+        data_collator=collate,
+        sampler=SequentialSampler,
+        rule=Sven(model, rtol=1e-2),
+        loss=cross_entropy,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+    ).train()
+    rule, optimizer = Sven(twin, rtol=1e-2), torch.optim.SGD(twin.parameters(), lr=0.1)
+    for start in range(0, 16, 4):
+        batch = collate(examples[start : start + 4])
+        optimizer.zero_grad()
+        rule(cross_entropy(twin(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]))
+        optimizer.step()
+    assert distance(model, twin) < 1e-6
