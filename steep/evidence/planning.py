@@ -16,6 +16,7 @@ from steep.recipe import Budget
 
 SEEDS, TRIALS = 8, 8
 SEQUENTIAL_SEEDS = 16  # at most
+RUN_SECONDS, REPORT_SECONDS = 0.05, 1.0  # a run's way through a worker and the store; the report (measured)
 LADDER = ((16, 16), (16, 12), (8, 12), (8, 8), (4, 8), (4, 6), (2, 6))  # (trials, seeds), most to least
 
 
@@ -82,7 +83,8 @@ def plan_of(
     runs = sum(tune.values()) + seeds * (len(run_seconds) + 1 + other_pace)
     analyses = tuple(planned_analyses(seeds, max(1, len(others)), sequential=sequential))
     effect = minimum_detectable_effect(1.0, seeds, analyses[-1].alpha / max(1, len(others)))
-    return Plan(trials, seeds, runs, work / workers, effect, analyses)
+    seconds = (work + RUN_SECONDS * runs) / workers + REPORT_SECONDS
+    return Plan(trials, seeds, runs, seconds, effect, analyses)
 
 
 def choose(
@@ -110,7 +112,7 @@ def choose(
     if fitting is None:
         raise ValueError(
             f"{minutes:g} minutes are too few: the smallest comparison of these arms ({plans[-1].trials} trials, "
-            f"{plans[-1].seeds} seeds) takes about {plans[-1].seconds / 60:.1f} minutes. "
+            f"{plans[-1].seeds} seeds) takes about {_duration(plans[-1].seconds)}. "
             "Allow more minutes, or choose fewer methods or a smaller budget"
         )
     return fitting
@@ -144,11 +146,15 @@ def announcement(plan: Plan, arms: Sequence[str], left_out: Mapping[str, str], w
         f"{_counted(plan.trials, 'tuning trial')} per arm, then {_counted(plan.seeds, 'paired seed')}, "
         "at equal steps, time and examples.",
         *([_design(plan)] if len(plan.interim_analyses) > 1 else []),
-        f"Estimated time: {plan.seconds / 60:.1f} minutes with {_counted(workers, 'worker')}. "
+        f"Estimated time: {_duration(plan.seconds)} with {_counted(workers, 'worker')}. "
         "You can stop at any time; rerun the same command to resume.",
         _power(plan, max(1, len(arms) - 1)),
     ]
     return "\n".join(lines + [f"Left out: {name}: {reason}" for name, reason in left_out.items()])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
 
 
 def _counted(number: int, what: str) -> str:

@@ -19,7 +19,15 @@ import torch
 import steep
 from steep.evidence import tuning
 from steep.evidence.arms import make_arm, make_arms, own_method
-from steep.evidence.planning import announcement, choose, fixed_budget, plan_of, tuning_runs
+from steep.evidence.planning import (
+    REPORT_SECONDS,
+    RUN_SECONDS,
+    announcement,
+    choose,
+    fixed_budget,
+    plan_of,
+    tuning_runs,
+)
 from steep.evidence.runs.dry_runs import DryRuns
 from steep.evidence.runs.jobs import DryRun, Job
 from steep.evidence.runs.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
@@ -516,10 +524,12 @@ def test_plans_fit_the_time_or_are_refused():
     assert tuning_runs(4) == 4
     standard = choose(seconds, tuned, 1, minutes=None, trials=None, seeds=None)
     assert (standard.trials, standard.seeds) == (8, 8)
-    assert standard.seconds == pytest.approx(12 * 5 + 8 * (5 + 1 + 1))
-    assert choose(seconds, tuned, 2, minutes=None, trials=None, seeds=None).seconds == standard.seconds / 2
-    small = choose(seconds, tuned, 1, minutes=1.2, trials=None, seeds=None)
-    assert small.seconds <= 72
+    training = 12 * 5 + 8 * (5 + 1 + 1)
+    assert standard.seconds == pytest.approx(training + RUN_SECONDS * standard.runs + REPORT_SECONDS)
+    two = choose(seconds, tuned, 2, minutes=None, trials=None, seeds=None)
+    assert two.seconds == pytest.approx((standard.seconds - REPORT_SECONDS) / 2 + REPORT_SECONDS)
+    small = choose(seconds, tuned, 1, minutes=1.3, trials=None, seeds=None)
+    assert small.seconds <= 78
     assert (small.trials, small.seeds) < (8, 8)
     large = choose(seconds, tuned, 1, minutes=60, trials=None, seeds=None)
     assert (large.trials, large.seeds) == (16, 16)

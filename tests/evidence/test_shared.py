@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from typer.testing import CliRunner
 
 from steep.cli import app
-from steep.evidence.planning import agreed
+from steep.evidence.planning import REPORT_SECONDS, agreed
 from steep.evidence.runs import shared as module
 from steep.evidence.runs.dry_runs import DryRuns
 from steep.evidence.runs.jobs import DryRun, Job
@@ -215,7 +215,7 @@ def test_machines_plan_alike_whatever_their_own_measurements_and_workers(tmp_pat
             first.seeds,
             first.interim_analyses,
         )
-        assert other.seconds == 8 * first.seconds
+        assert other.seconds - REPORT_SECONDS == pytest.approx(8 * (first.seconds - REPORT_SECONDS))
         with pytest.raises(ValueError, match="too few"):
             agreed(alone, cost, tuned, 1, **asked)
 
