@@ -43,7 +43,7 @@ def assemble(
     at_steps = compared(runs, metrics, stopped_at)
     at_time = compared({**runs, **equal["equal-time"]}, metrics, stopped_at)
     at_examples = compared({**runs, **equal["equal-examples"]}, metrics, stopped_at)
-    level, unchanged = target(runs[CONTROL]), tuned[BASELINE].trials[0].digest
+    level = target(runs[CONTROL])
     times = {unit: {arm.name: [to(level, run) for run in runs[arm.name]] for arm in arms} for unit, to in TO.items()}
     to_target = _to_target(times, stopped_at) if level is not None else {}
     results = [
@@ -62,13 +62,25 @@ def assemble(
             time_to_target=times["seconds"][arm.name],
             steps_to_target=times["steps"][arm.name],
             to_target=to_target.get(arm.name, {}),
-            # a digest is empty where the run diverged
-            did_nothing=arm.name != BASELINE and tuned[arm.name].trials[0].digest == unchanged != "",
+            did_nothing=arm.name != BASELINE
+            and _same(tuned[arm.name].trials[0], tuned[BASELINE].trials[0])
+            and all(map(_may_be_same, runs[arm.name], runs[BASELINE])),
         )
         for arm in arms
     ]
     what = "The baseline against itself: same splits, other initialisation and order. It must show no difference."
     return [*results, ArmResult(CONTROL, what, hyper=results[0].hyper, runs=runs[CONTROL], scores=at_steps[CONTROL])]
+
+
+def _same(run: RunRecord, other: RunRecord) -> bool:
+    """Whether two runs went the same way and ended with the same scores, bit for bit."""
+    went = run.digest == other.digest != ""  # empty where a run diverged
+    return went and (run.val, run.test) == (other.val, other.test)
+
+
+def _may_be_same(run: RunRecord, baseline: RunRecord) -> bool:
+    """Whether a pair does not show a difference; under other learning rates it must not be the same."""
+    return _same(run, baseline) or (run.outcome == baseline.outcome and run.lr_scale != baseline.lr_scale)
 
 
 def compared(

@@ -116,7 +116,8 @@ class ArmResult:
         steps_to_target: the same in steps.
         to_target: "steps" and "seconds" to target, compared with the baseline's by signed ranks; each is a family of
             its own. Empty for the baseline and the control, and where there is no target.
-        did_nothing: with its default settings, the loss of every step equals the unchanged recipe's, bit for bit.
+        did_nothing: with its default settings, and in every pair at one learning rate, losses and scores equal those
+            of the unchanged recipe, bit for bit.
     """
 
     name: str

@@ -1,5 +1,6 @@
 """compare end to end on small recipes: planted effects found, controls null, nothing repeated, clear refusals."""
 
+import contextlib
 import functools
 import json
 import math
@@ -91,13 +92,58 @@ def halved(recipe):
     return recipe.replace(loss=lambda o, t: (o.squeeze(-1) - 0.2 * t).square())
 
 
+class Average:
+    """The mean of the weights so far, for evaluation alone."""
+
+    def __init__(self, model):
+        self.model, self.count = model, 0
+        self.mean = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        for name, p in self.model.named_parameters():
+            self.mean[name] += (p - self.mean[name]) / (self.count + 1)
+
+    @contextlib.contextmanager
+    def eval_weights(self):
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self._put(self.mean)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights):
+        for name, p in self.model.named_parameters():
+            p.copy_(weights[name])
+
+    def state_dict(self):
+        return {"count": self.count, "mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.count, self.mean = state["count"], state["mean"]
+
+
+def averaged(recipe):
+    """A planted harm that training does not show: averaged weights lag behind."""
+
+    def build(run):
+        model = recipe.build("model", run)
+        run.attach(Average(model))
+        return model
+
+    return recipe.replace(model=steep.deferred(build))
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """One study of planted effects, shared by the tests that read it."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.py").write_text(RECIPE)
     recipe = load_recipe(f"{folder / 'planted.py'}:recipe")
-    methods = [doubled_rate, nothing, exploding, halved]
+    methods = [doubled_rate, nothing, exploding, halved, averaged]
     return quick(recipe, methods, folder / "store", workers=2), folder / "store"
 
 
@@ -114,6 +160,15 @@ def test_planted_effects_are_found_and_signed(planted):
     assert arm(study, "nothing").scores["loss"].verdict == "no evidence"
     assert arm(study, "nothing").did_nothing
     assert not arm(study, "doubled_rate").did_nothing
+
+
+@pytest.mark.xdist_group("planted")
+def test_what_acts_at_evaluation_alone_has_not_done_nothing(planted):
+    study, _ = planted
+    mine, baseline = arm(study, "averaged"), study.arms[0]
+    assert mine.trials[0].digest == baseline.trials[0].digest
+    assert mine.scores["loss"].verdict == "hurts"
+    assert not mine.did_nothing
 
 
 @pytest.mark.xdist_group("planted")

@@ -209,7 +209,7 @@ def test_control_is_spoken_of_as_a_control(c: Comparison, start: str) -> None:
 def test_did_nothing_outranks_the_verdict() -> None:
     of = study(arm("noop", HELPS, did_nothing=True))
     assert sentences.sentences(of) == [
-        "noop did nothing: with its default settings, every loss equals the unchanged recipe's bit for bit"
+        "noop did nothing: every loss and every score equal the unchanged recipe's bit for bit"
     ]
     row = table.cells(of.arms[1], of)
     assert row["equal steps"] == "did nothing"
@@ -329,7 +329,7 @@ def test_names_are_not_taken_for_markup() -> None:
 
 def test_flags_methods_that_did_nothing_below_the_table() -> None:
     text = " ".join(shown(study(arm("noop", HELPS, did_nothing=True))).split())
-    assert "- noop did nothing: with its default settings, every loss equals" in text
+    assert "- noop did nothing: every loss and every score equal" in text
 
 
 def test_table_of_an_empty_study() -> None:

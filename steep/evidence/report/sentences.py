@@ -74,7 +74,7 @@ def statement(arm: ArmResult, study: Study) -> Statement:
     """An arm's verdict in words, without its name."""
     c, timed = arm.scores.get(study.primary), arm.scores_at_equal_time.get(study.primary)
     if arm.did_nothing:
-        return Statement(NOTHING, "with its default settings, every loss equals the unchanged recipe's bit for bit")
+        return Statement(NOTHING, "every loss and every score equal the unchanged recipe's bit for bit")
     if c is None:
         return Statement("could not be compared", "no pair of runs")
     lead, control = LEADS[c.verdict], arm.name == CONTROL
