@@ -20,7 +20,7 @@ def at_equal_time(arm: RunRecord, baseline: RunRecord) -> float | None:
     """Steps of the arm in the baseline's CPU seconds; its preparation counts as time."""
     if not (arm.cpu_seconds and baseline.cpu_seconds):
         return None  # diverged
-    left = baseline.preparation_seconds + baseline.cpu_seconds - arm.preparation_seconds
+    left = baseline.total_cpu_seconds - arm.preparation_seconds
     return arm.steps * left / arm.cpu_seconds
 
 

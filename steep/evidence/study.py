@@ -22,8 +22,8 @@ class RunRecord:
         methods: ids (or function names) applied to the recipe, with their hyper-parameters.
         lr_scale: factor on the learning rate of a recipe's own optimizer.
         outcome: "finished", or "diverged" where a loss became NaN or infinite; `message` then says at which step.
-        preparation_seconds: CPU seconds before the first step: loading data, building the model, and whatever a method
-            prepares.
+        preparation_seconds: CPU seconds before the first step: applying methods, loading data, building the model, and
+            whatever a method prepares.
         other_seconds: CPU seconds of evaluation and saving.
         curve: one entry per evaluation: step, examples, seconds, cpu_seconds, loss and the metric.
         val, test: final scores ("loss" and the metric's name); empty unless finished.
@@ -58,6 +58,11 @@ class RunRecord:
     source_hash: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def total_cpu_seconds(self) -> float:
+        """Of preparation and training; 0 unless finished."""
+        return self.preparation_seconds + self.cpu_seconds
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

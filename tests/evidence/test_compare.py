@@ -20,6 +20,7 @@ import torch
 import steep
 from steep.evidence import tuning
 from steep.evidence.arms import make_arm, make_arms, own_method
+from steep.evidence.budgets import at_equal_time
 from steep.evidence.planning import (
     REPORT_SECONDS,
     RUN_SECONDS,
@@ -30,7 +31,7 @@ from steep.evidence.planning import (
     tuning_runs,
 )
 from steep.evidence.runs.dry_runs import DryRuns
-from steep.evidence.runs.jobs import DryRun, Job
+from steep.evidence.runs.jobs import DryRun, Job, run_job
 from steep.evidence.runs.source import RecipeError, code_version, describe, from_name, from_value, load_recipe
 from steep.evidence.runs.store import Store, StoreError, open_store
 from steep.evidence.runs.workers import Workers
@@ -660,3 +661,21 @@ def test_a_run_that_raises_names_arm_seed_and_place_and_keeps_the_others(tmp_pat
     ):
         workers.run(jobs)
     assert [r.seed for r in store.records()] == [0]
+
+
+def test_what_a_method_does_before_the_run_is_on_the_clock(regression, tmp_path):
+    def slow(recipe):
+        end = time.process_time() + 0.4
+        while time.process_time() < end:
+            pass
+        return recipe
+
+    source = from_value(regression, {"slow": own_method(slow)})
+    plain, late = (
+        run_job(Job("arm", "confirm", methods, 0, 0, regression.budget), source, str(tmp_path), "code")
+        for methods in ((), (("slow", {}),))
+    )
+    assert late.preparation_seconds - plain.preparation_seconds > 0.3
+    assert late.total_cpu_seconds - late.cpu_seconds == late.preparation_seconds
+    assert late.test == plain.test
+    assert at_equal_time(late, plain) < 0.5 * plain.steps

@@ -107,7 +107,7 @@ def _best(study: Study) -> tuple[ArmResult, str] | None:
 
 
 def _price(arm: ArmResult, study: Study) -> str:
-    ratio = rows.cost_ratio(arm, study, lambda run: run.cpu_seconds)
+    ratio = rows.cost_ratio(arm, study, lambda run: run.total_cpu_seconds)
     return f", for {ratio} the CPU time," if ratio != "–" else ""
 
 

@@ -43,7 +43,7 @@ def cells(arm: ArmResult, study: Study) -> dict[str, str]:
         "equal steps": verdict(arm, c),
         "equal time": verdict(arm, found.get("equal time")),
         **({"equal examples": verdict(arm, found.get("equal examples"))} if _other_examples(study) else {}),
-        "CPU": cost_ratio(arm, study, lambda run: run.cpu_seconds),
+        "CPU": cost_ratio(arm, study, lambda run: run.total_cpu_seconds),
         "memory": cost_ratio(arm, study, lambda run: run.peak_memory),
     }
 

@@ -127,9 +127,9 @@ def dry_run(arm: Arm, source: Source) -> DryRun:
     recipe, own = _load(source)
     methods, _ = arm.settings(arm.defaults())
     limit = min(DRY_RUN_SECONDS, recipe.budget.seconds or DRY_RUN_SECONDS)
-    brief = arm_recipe(recipe, own, methods, 1.0, replace(recipe.budget, seconds=limit))
     recipe.data(generator(0, "split"))  # so that what only the first run of a process pays is not counted for each
     started = time.perf_counter()
+    brief = arm_recipe(recipe, own, methods, 1.0, replace(recipe.budget, seconds=limit))
     trained = fit(brief, evaluate_every=sys.maxsize, progress=False)
     building = time.perf_counter() - started - trained.seconds - trained.other_seconds
     evaluation = trained.other_seconds / 2  # a dry run evaluates once on the validation and once on the test data
@@ -146,9 +146,12 @@ def run_job(job: Job, source: Source, directory: str, code: str, log: str | None
     store, key = Store(directory), job.key(source, code)
     recipe, own = _load(source)
     settings = {k: v for k, v in asdict(job).items() if k != "budget"} | {"key": key, "budget": asdict(job.budget)}
+    started = time.process_time()
+    made = arm_recipe(recipe, own, job.methods, job.lr_scale, job.budget)
+    applying = time.process_time() - started  # a method may do its work here, before the run that it is part of
     try:
         trained = fit(
-            arm_recipe(recipe, own, job.methods, job.lr_scale, job.budget),
+            made,
             seed=job.seed,
             split_seed=job.split_seed,
             checkpoint=store.checkpoint_path(key),
@@ -156,6 +159,7 @@ def run_job(job: Job, source: Source, directory: str, code: str, log: str | None
             progress=False,
             log=_log(job, log, store, key) if log else None,
         )
+        trained.preparation_seconds += applying
         outcome = _finished(trained, recipe, store, key)
     except NonFinite as error:
         outcome = {"outcome": "diverged", "message": str(error)}
